@@ -1,0 +1,113 @@
+"""What a data set is: train, probe and test examples with stable ids, and the checks every one must pass.
+
+Shapes: N examples, H×W pixels, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.views import Views
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message is one line: the thing, and the mend."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N labelled images held in memory.
+
+    `true_label_N` is known only where noise was added by us (or annotated twice): it serves reports, never training.
+    """
+
+    id_N: np.ndarray  # int64, stable: the same example keeps its id in every run
+    label_N: np.ndarray  # int64, as given (noisy, for training examples)
+    image_NHWC: np.ndarray  # uint8
+    true_label_N: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.id_N)
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """The examples at `rows`, in that order."""
+        true = None if self.true_label_N is None else self.true_label_N[rows]
+        return Examples(self.id_N[rows], self.label_N[rows], self.image_NHWC[rows], true)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Noisy training examples, a small trusted probe set, and a test set, over the same K classes."""
+
+    train: Examples
+    probe: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())  # one line each, printed when a run starts (noise asked and measured)
+
+    @property
+    def noise_rate(self) -> float | None:
+        """Share of training labels that are really wrong, where the truth is known."""
+        if self.train.true_label_N is None:
+            return None
+        return float(np.mean(self.train.label_N != self.train.true_label_N))
+
+    def check(self) -> Dataset:
+        """Return self, or raise InputError naming what is wrong: empty, mislabelled, unbalanced or overlapping."""
+        classes = len(self.class_names)
+        if classes < 2:
+            raise InputError(f"the data set has {classes} class; classification needs 2 or more")
+        for name, examples in (("train", self.train), ("probe", self.probe), ("test", self.test)):
+            if len(examples) == 0:
+                raise InputError(f"the {name} set is empty: check the data path and its filters")
+            if len(np.unique(examples.id_N)) != len(examples):
+                raise InputError(f"the {name} set repeats example ids: every example needs an id of its own")
+            low, high = int(examples.label_N.min()), int(examples.label_N.max())
+            if low < 0 or high >= classes:
+                bad = low if low < 0 else high
+                raise InputError(f"the {name} set has label {bad}, outside 0…{classes - 1}: fix the labels or classes")
+        missing = np.setdiff1d(np.arange(classes), self.probe.label_N)
+        if len(missing):
+            names = ", ".join(self.class_names[k] for k in missing[:5])
+            raise InputError(f"no trusted example of class {names}: the probe set needs at least one of every class")
+        for name, examples in (("train", self.train), ("test", self.test)):
+            shared = np.intersect1d(examples.id_N, self.probe.id_N)
+            if len(shared):
+                raise InputError(
+                    f"{len(shared)} probe ids are also in the {name} set (first: {shared[0]}): remove them"
+                )
+        return self
+
+
+class Source(ABC):
+    """A frozen dataclass that says which data set, with which noise, probe and views; it is part of a recipe."""
+
+    @property
+    @abstractmethod
+    def views(self) -> Views:
+        """The weak and strong views to train with."""
+
+    @abstractmethod
+    def load(self, url: str, seed: int) -> Dataset:
+        """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
+
+
+def draw_probe(label_N: np.ndarray, classes: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a class-balanced probe set, `per_class` of each class, sorted (METHOD: data rules).
+
+    Raises InputError where a class has too few examples.
+    """
+    if per_class < 1:
+        raise InputError(f"probe_per_class is {per_class}: at least 1 trusted example a class is needed")
+    rows = []
+    for k in range(classes):
+        of_class = np.flatnonzero(label_N == k)
+        if len(of_class) <= per_class:
+            raise InputError(
+                f"class {k} has {len(of_class)} examples, too few for a probe of {per_class} each: lower probe_per_class"
+            )
+        rows.append(rng.choice(of_class, per_class, replace=False))
+    return np.sort(np.concatenate(rows))

@@ -1,0 +1,63 @@
+"""scikit-learn's digits: 1,797 real handwritten digits of 8×8 grey pixels, shipped with the library.
+
+Shapes: N examples, H×W pixels, C = 1 channel, K = 10 classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe
+from pipeline.noise import Noise, noise_note, uniform
+from pipeline.views import DigitsViews
+
+TEST_SIZE = 497  # held out by a fixed draw, the same for every seed
+TEST_DRAW, PROBE_DRAW, NOISE_DRAW = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Digits(Source):
+    """Handwritten digits with uniform label noise and a few trusted examples of each class."""
+
+    noise: Noise = field(default_factory=lambda: Noise("uniform", 0.8))
+    """Noise added to the training labels, after the probe is taken out."""
+    probe_per_class: int = 5
+    """Trusted examples of each class, taken out of the training set."""
+
+    def __post_init__(self) -> None:
+        if self.noise.kind not in ("none", "uniform"):
+            raise InputError(f"noise kind {self.noise.kind} is not defined for digits: choose uniform or none")
+
+    @property
+    def views(self) -> DigitsViews:
+        """The weak and strong views to train with."""
+        return DigitsViews()
+
+    def load(self, url: str, seed: int) -> Dataset:
+        """The data set, which needs no `url`; ids are rows of scikit-learn's arrays."""
+        if url:
+            raise InputError(f"digits come with scikit-learn and are not read from {url}: leave --data out")
+        digits = load_digits()
+        image_NHWC = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        label_N = digits.target.astype(np.int64)
+        everything = Examples(np.arange(len(label_N)), label_N, image_NHWC, label_N)
+
+        order = _generator(0, TEST_DRAW).permutation(len(label_N))
+        test, rest = everything.take(np.sort(order[:TEST_SIZE])), everything.take(np.sort(order[TEST_SIZE:]))
+        probe_rows = draw_probe(rest.label_N, 10, self.probe_per_class, _generator(seed, PROBE_DRAW))
+        clean = rest.take(np.setdiff1d(np.arange(len(rest)), probe_rows))
+        noisy_N = uniform(clean.label_N, 10, self.noise.rate, _generator(seed, NOISE_DRAW))
+        return Dataset(
+            train=Examples(clean.id_N, noisy_N, clean.image_NHWC, clean.label_N),
+            probe=rest.take(probe_rows),
+            test=test,
+            class_names=tuple(str(digit) for digit in digits.target_names),
+            notes=(noise_note(self.noise, noisy_N, clean.label_N),),
+        ).check()
+
+
+def _generator(seed: int, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, purpose]))

@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.dataset import Dataset, Examples, InputError, draw_probe
+
+
+def examples(ids: range, label: list[int], true: list[int] | None = None) -> Examples:
+    images = np.zeros((len(ids), 4, 4, 1), np.uint8)
+    return Examples(np.array(ids), np.array(label), images, None if true is None else np.array(true))
+
+
+def good() -> Dataset:
+    return Dataset(
+        train=examples(range(4), [0, 1, 2, 0], [0, 1, 1, 1]),
+        probe=examples(range(4, 7), [0, 1, 2]),
+        test=examples(range(10, 12), [2, 1]),
+        class_names=("ant", "bee", "cat"),
+    )
+
+
+def test_a_good_data_set_passes_and_knows_its_noise():
+    data = good()
+    assert data.check() is data
+    assert data.noise_rate == 0.5
+    assert replace(data, train=data.test).noise_rate is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": ("ant",)}, "1 class; classification needs 2"),
+        ({"train": examples(range(0), [])}, "train set is empty"),
+        ({"test": examples(range(0), [])}, "test set is empty"),
+        ({"train": replace(good().train, id_N=np.array([0, 1, 1, 2]))}, "train set repeats example ids"),
+        ({"train": examples(range(2), [0, -1])}, "train set has label -1, outside 0…2"),
+        ({"test": examples(range(10, 12), [0, 3])}, "test set has label 3, outside 0…2"),
+        ({"probe": examples(range(4, 6), [0, 2])}, "no trusted example of class bee"),
+        ({"train": examples(range(1, 5), [0, 1, 2, 0])}, r"1 probe ids are also in the train set \(first: 4\)"),
+        ({"test": examples(range(6, 8), [0, 1])}, r"1 probe ids are also in the test set \(first: 6\)"),
+    ],
+)
+def test_check_names_what_is_wrong(change, message):
+    with pytest.raises(InputError, match=message):
+        replace(good(), **change).check()
+
+
+def test_take_keeps_rows_together():
+    taken = good().train.take(np.array([2, 0]))
+    assert taken.id_N.tolist() == [2, 0]
+    assert taken.label_N.tolist() == [2, 0]
+    assert taken.true_label_N is not None
+    assert taken.true_label_N.tolist() == [1, 0]
+    assert len(taken) == len(taken.image_NHWC) == 2
+
+
+@given(per_class=st.integers(1, 4), seed=st.integers(0, 2**32))
+def test_draw_probe_is_balanced_sorted_and_repeatable(per_class, seed):
+    label = np.random.default_rng(7).permutation(np.arange(15) % 3)
+    rows = draw_probe(label, 3, per_class, np.random.default_rng(seed))
+    assert np.bincount(label[rows], minlength=3).tolist() == [per_class] * 3
+    assert np.all(np.diff(rows) > 0)
+    np.testing.assert_array_equal(rows, draw_probe(label, 3, per_class, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize(("per_class", "message"), [(0, "at least 1"), (2, "class 1 has 2 examples, too few")])
+def test_draw_probe_refuses_what_it_cannot_draw(per_class, message):
+    with pytest.raises(InputError, match=message):
+        draw_probe(np.array([0, 0, 0, 1, 1]), 2, per_class, np.random.default_rng(0))

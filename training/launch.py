@@ -1,0 +1,220 @@
+"""Recipe → checks → Ray → TorchTrainer → result. What cannot work is said in one line before a worker starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+from rich.console import Console
+
+from pipeline.dataset import Dataset, InputError
+from pipeline.plan import Plan
+from pipeline.stream import preserved_order, stream
+from training import networks, tracking
+from training.loop import Job, train
+from training.progress import Progress
+from training.recipe import Recipe, as_json, parse
+
+BLOCK_BYTES = 4 << 20  # groups of several steps share a block up to this size: each block costs Ray Data 10–20 ms
+
+# What may differ when a run is resumed; everything else decides the result.
+FREE_TO_CHANGE = ("workers", "actors", "device", "tracker", "data", "storage")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: str  # model.safetensors, ledger/, tensorboard/ and checkpoints are here
+    history: list[dict[str, float]]  # one row an evaluation: step, cycle, lr, loss and its parts, top1, top5
+    dataset: Dataset
+
+    @property
+    def top1(self) -> float:
+        """Test accuracy at the end of the last cycle."""
+        return self.history[-1]["top1"]
+
+
+def main(recipe: Callable[[str], Recipe]) -> None:
+    """The whole of a training script: parse, run, print the result; mistakes end it with one line and status 2."""
+    guarded(lambda: run(parse(recipe)))
+
+
+def guarded(work: Callable[[], Any]) -> None:
+    """Do `work`; what the user can mend ends the program with one line instead of a traceback."""
+    try:
+        work()
+    except (InputError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(_one_line(error))
+    except ray.train.TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", None)
+        cause = next(iter(causes.values())) if causes else error
+        sys.exit(_one_line(cause))
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to go on from the last checkpoint")
+
+
+def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return f"error: {error}"
+
+
+def run(recipe: Recipe, console: Console | None = None) -> Result:
+    """Train as the recipe says, on embedded Ray or on the cluster that RAY_ADDRESS names.
+
+    Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
+    """
+    console = console or Console()
+    folder = _run_folder(recipe)
+    tracking.require(recipe.tracker)
+    dataset = recipe.dataset.load(recipe.data, recipe.seed)
+    _check_network(recipe, dataset)
+    start = _resume_step(folder, recipe)
+    for note in dataset.notes:
+        console.print(f"{recipe.name}: {note}", highlight=False)
+    if start:
+        console.print(
+            f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
+        )
+    if start == recipe.schedule.steps:
+        return Result(folder, _checkpoint(folder)["history"], dataset)
+    _connect(recipe)
+    plan = Plan(
+        examples=len(dataset.train),
+        seed=recipe.seed,
+        batch=recipe.batch,
+        group=recipe.group,
+        start=start,
+        stop=recipe.schedule.steps,
+        chunk=max(1, BLOCK_BYTES // (2 * recipe.group * dataset.train.image_NHWC[0].nbytes)),
+    )
+    train_ref, probe_ref, test_ref = (ray.put(part) for part in (dataset.train, dataset.probe, dataset.test))
+    queue = Queue(actor_options={"num_cpus": 0})
+    job = Job(recipe, plan, [probe_ref], [test_ref], dataset.class_names, folder, queue)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(recipe.workers, 1))
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=recipe.name,
+            storage_path=os.path.dirname(folder),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        datasets={"train": lambda: stream(train_ref, recipe.dataset.views, plan, recipe.actors)},
+        dataset_config=ray.train.DataConfig(execution_options=preserved_order(), enable_shard_locality=False),
+    )
+    with Progress(recipe, console) as progress:
+        history = _fit(trainer, queue, progress)
+    return Result(folder, history, dataset)
+
+
+def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> list[dict[str, float]]:
+    """Run the trainer while a thread shows what rank 0 tells."""
+    finished = threading.Event()
+
+    def listen() -> None:
+        while not finished.is_set() or queue.qsize():
+            with contextlib.suppress(Empty):
+                progress.show(queue.get(timeout=0.5))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        return trainer.fit().return_value
+    finally:
+        finished.set()
+        listener.join()
+        queue.shutdown()
+
+
+def _connect(recipe: Recipe) -> None:
+    """Join the cluster of RAY_ADDRESS (set inside a Ray job), or start Ray in this machine for this run."""
+    if ray.is_initialized():
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+        return
+    # A report waits for the controller's next look; on one machine frequent looks cost nothing.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Logical CPUs: every worker and actor must be placed at once, and Ray Data needs one to spare or it waits forever.
+    needed = recipe.workers + recipe.actors + 1
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, needed),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+
+
+def _run_folder(recipe: Recipe) -> str:
+    """Absolute path or URL of the run's folder; raises InputError where its storage cannot be written."""
+    storage = recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)
+    folder = f"{storage.rstrip('/')}/{recipe.name}"
+    try:
+        filesystem, path = fsspec.core.url_to_fs(folder)
+        filesystem.makedirs(path, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"storage {recipe.storage} cannot be written ({error}): give a writable path or URL"
+        ) from error
+    return folder
+
+
+def _resume_step(folder: str, recipe: Recipe) -> int:
+    """Steps that an earlier run of this recipe has done; notes the recipe in the folder where there was none.
+
+    Raises InputError where the folder belongs to another recipe, or where its checkpoint cannot be read.
+    """
+    wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    if not filesystem.exists(f"{path}/recipe.json"):
+        filesystem.pipe_file(f"{path}/recipe.json", json.dumps(wanted, indent=2).encode())
+    made_with = json.loads(filesystem.cat_file(f"{path}/recipe.json"))
+    different = [name for name in wanted if json.loads(json.dumps(wanted[name])) != made_with.get(name)]
+    if different:
+        raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
+    return int(_checkpoint(folder)["step"])
+
+
+def _checkpoint(folder: str) -> dict[str, Any]:
+    """The latest checkpoint that Ray Train committed, or step 0; raises InputError where it cannot be read."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    snapshot = f"{path}/checkpoint_manager_snapshot.json"
+    if not filesystem.exists(snapshot):
+        return {"step": 0}
+    latest = json.loads(filesystem.cat_file(snapshot))["latest_checkpoint_result"]
+    if latest is None:
+        return {"step": 0}
+    name = latest["checkpoint_dir_name"]
+    try:
+        with filesystem.open(f"{path}/{name}/state.pt", "rb") as file:
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(
+            f"checkpoint {folder}/{name} cannot be read ({type(error).__name__}): remove it or choose another --name"
+        ) from error
+
+
+def _check_network(recipe: Recipe, dataset: Dataset) -> None:
+    """Build the network without memory, to refuse an unknown name before any worker starts."""
+    try:
+        with torch.device("meta"):
+            networks.build(recipe.network, dataset.train.image_NHWC.shape[-1], len(dataset.class_names), recipe.seed)
+    except ValueError as error:
+        raise InputError(str(error)) from error

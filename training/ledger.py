@@ -1,0 +1,65 @@
+"""The ledger: what every step decided about each of its examples, as Parquet keyed by example id.
+
+Shapes: B noisy examples of this worker in one step.
+"""
+
+from __future__ import annotations
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from training.objectives.interface import Coefficients
+
+FOLDER = "ledger"
+
+
+class Ledger:
+    """One worker's rows. They stay where they were computed until `flush`, so a step never waits for them."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self.folder, self.rank = f"{folder}/{FOLDER}", rank
+        self.known: list[dict[str, np.ndarray]] = []  # what the stream said: step, epoch, id, label
+        self.decided: list[dict[str, Tensor]] = []  # what the step said
+
+    def add(self, step: int, known: dict[str, np.ndarray], said: Coefficients) -> None:
+        """The rows of one step; `known` has the stream's id, epoch and label, B each."""
+        self.known.append({"step": np.full(len(known["id"]), step), **known})
+        self.decided.append(
+            {
+                "weight": said.weight_B,
+                "trust": said.trust_B,
+                "pseudo_label": said.pseudo_label_B,
+                "confidence": said.confidence_B,
+                "loss": said.loss_B,
+            }
+        )
+
+    def flush(self) -> None:
+        """Write all rows so far as one file, named by its steps, so that a resumed run overwrites what it replays."""
+        if not self.known:
+            return
+        columns: dict[str, np.ndarray] = {
+            name: np.concatenate([part[name] for part in self.known]) for name in self.known[0]
+        }
+        for name in self.decided[0]:
+            column = torch.cat([part[name] for part in self.decided]).cpu().numpy()
+            columns[name] = column.astype(np.float32) if column.dtype.kind == "f" else column
+        first, last = columns["step"][0], columns["step"][-1]
+        filesystem, path = fsspec.core.url_to_fs(self.folder)
+        filesystem.makedirs(path, exist_ok=True)
+        with filesystem.open(f"{path}/steps-{first:08d}-{last:08d}-rank-{self.rank:04d}.parquet", "wb") as file:
+            pq.write_table(pa.table(columns), file)
+        self.known, self.decided = [], []
+
+
+def read(folder: str) -> pa.Table:
+    """All rows of the run in `folder`: step, epoch, id, label, weight, trust, pseudo_label, confidence, loss."""
+    filesystem, path = fsspec.core.url_to_fs(f"{folder}/{FOLDER}")
+    parts = sorted(filesystem.glob(f"{path}/*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"{folder} holds no ledger: train there first")
+    return pa.concat_tables([pq.read_table(part, filesystem=filesystem) for part in parts]).sort_by("step")

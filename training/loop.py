@@ -1,0 +1,205 @@
+"""One training worker: its groups in, updates, and at every evaluation a report, a ledger file and a checkpoint out.
+
+Shapes: B noisy examples of this worker, M probe examples, N test examples, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from pipeline import plan as draws
+from pipeline import stream
+from pipeline.dataset import Examples
+from pipeline.plan import Plan, Purpose
+from training import networks
+from training.ledger import Ledger
+from training.monitor import Monitor
+from training.objectives.interface import Alone, Batch, Workers
+from training.recipe import Recipe, as_json
+from training.state import TrainState, kernels
+from training.step import Processes, normalised, update
+from training.tracking import Tracker
+
+CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
+TELL_EVERY = 1.0  # seconds between progress messages
+TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told. Examples travel as object-store references: read without a copy."""
+
+    recipe: Recipe
+    plan: Plan
+    probe: list[ray.ObjectRef]
+    test: list[ray.ObjectRef]
+    class_names: tuple[str, ...]
+    folder: str  # the run's own, a local path or URL
+    progress: Any  # a queue that the launching process reads
+
+
+def train(config: dict[str, Job]) -> list[dict[str, float]]:
+    """Train to the plan's end; rank 0 returns the run's history, one row an evaluation."""
+    job = config["job"]
+    recipe, context = job.recipe, ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    workers: Workers = Processes() if world > 1 else Alone()
+    device = ray.train.torch.get_device()
+    probe, test = (ray.get(refs[0]) for refs in (job.probe, job.test))
+
+    state = new_state(recipe, probe.image_NHWC.shape[-1], len(job.class_names), device)
+    history = resume(state)
+    ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
+    tracker = Tracker(recipe, job.folder) if rank == 0 else None
+    schedule = recipe.schedule
+    evaluations = set(schedule.ends)
+    if recipe.evaluate_every:
+        evaluations |= set(range(recipe.evaluate_every, schedule.steps, recipe.evaluate_every))
+    last_good = f"step {state.step}" if state.step else "none"
+    started, told, first_step = time.monotonic(), 0.0, state.step
+
+    groups = stream.groups(ray.train.get_dataset_shard("train"), job.plan)
+    for step, held in enumerate(job.plan.by_step(groups, world), start=job.plan.start):
+        if step < state.step:  # the worker group restarted from a checkpoint later than the plan's start
+            continue
+        expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
+        assert [int(group["group"][0]) for group in held] == expected, "the stream is out of plan order"
+        lr = schedule.learning_rate(step)
+        batch = assemble(held, probe, recipe, len(job.class_names), device)
+        outcome = update(state, recipe.objective, batch, lr=lr, progress=step / schedule.steps, workers=workers)
+        known = {column: np.concatenate([group[column] for group in held]) for column in ("id", "epoch", "label")}
+        ledger.add(step, known, outcome.coefficients)
+        monitor.add(step, outcome)
+
+        evaluate = state.step in evaluations
+        if state.step % CHECK_EVERY == 0 or evaluate:
+            monitor.check_finite(last_good)
+        if rank == 0 and (time.monotonic() - told > TELL_EVERY or evaluate):
+            told = time.monotonic()
+            speed = (state.step - first_step) * recipe.batch / (told - started)
+            parts = {name: float(part) for name, part in outcome.parts.items()}
+            row = {
+                "step": state.step,
+                "cycle": schedule.cycle(step) + 1,
+                "lr": lr,
+                "loss": float(outcome.total),
+                **parts,
+            }
+            tell(job, {**row, "images_per_second": speed, "warning": monitor.collapse_warning()})
+        if evaluate:
+            top1, top5 = accuracy(state, test, rank, workers, device)
+            ledger.flush()
+            if rank == 0 and tracker:
+                history.append({**row, "images_per_second": speed, "top1": top1, "top5": top5})
+                tracker.log(history[-1])
+            save(state, history, rank, top1)
+            last_good = f"step {state.step}"
+    if rank == 0 and tracker:
+        tracker.close()
+        export(state, job)
+    return history
+
+
+def new_state(recipe: Recipe, channels: int, classes: int, device: torch.device) -> TrainState:
+    """The state before step 0, the same on every worker."""
+    model = networks.build(recipe.network, channels, classes, recipe.seed).to(device)
+    everything = frozenset(name for name, _ in model.named_parameters())
+    return TrainState(
+        model,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        decayed=everything if recipe.decay == "all" else kernels(model),
+        average=recipe.objective.average_parameters,
+    )
+
+
+def assemble(
+    held: list[Mapping[str, np.ndarray]], probe: Examples, recipe: Recipe, classes: int, device: torch.device
+) -> Batch:
+    """A worker's groups of one step, with each group's own share of trusted images, on the device."""
+    numbers = [int(group["group"][0]) for group in held]
+    rows_M = [draws.probe_rows(probe.label_N, recipe.probe_batch // recipe.groups, recipe.seed, g) for g in numbers]
+    views = recipe.dataset.views
+    seen: list[np.ndarray] = []
+    for group, rows in zip(numbers, rows_M, strict=True):
+        rng = draws.generator(recipe.seed, Purpose.PROBE_VIEWS, group)
+        seen.extend(views.weak(probe.image_NHWC[row], rng) for row in rows)
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    return Batch(
+        weak_BCHW=normalised(on_device(np.concatenate([group["weak"] for group in held]))),
+        strong_BCHW=normalised(on_device(np.concatenate([group["strong"] for group in held]))),
+        label_B=on_device(np.concatenate([group["label"] for group in held])),
+        probe_MCHW=normalised(on_device(np.stack(seen))),
+        probe_label_M=on_device(probe.label_N[np.concatenate(rows_M)]),
+        group_keys=tuple(draws.key(recipe.seed, Purpose.MIXUP, group) for group in numbers),
+        classes=classes,
+    )
+
+
+def accuracy(
+    state: TrainState, test: Examples, rank: int, workers: Workers, device: torch.device
+) -> tuple[float, float]:
+    """(top-1, top-5) over the whole test set, every example counted once: worker r takes rows r, r + N, …"""
+    mine = np.arange(rank, len(test), workers.size)
+    right = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(mine), TEST_BATCH):
+        rows = mine[start : start + TEST_BATCH]
+        logits_NK = state.predict(normalised(torch.from_numpy(test.image_NHWC[rows]).to(device)))
+        best_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), 1).indices
+        hit_N5 = best_N5 == torch.from_numpy(test.label_N[rows]).to(device)[:, None]
+        right += torch.stack([hit_N5[:, 0].sum(), hit_N5.any(1).sum()])
+    total = workers.mean([right])[0] * workers.size / len(test)
+    return float(total[0]), float(total[1])
+
+
+def tell(job: Job, message: dict[str, Any]) -> None:
+    """Send one progress message to the launching process."""
+    job.progress.put_nowait(message)
+
+
+def save(state: TrainState, history: list[dict[str, float]], rank: int, top1: float) -> None:
+    """Report to Ray Train, with a checkpoint from rank 0; a barrier for all workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            torch.save({**state.state_dict(), "history": history}, Path(folder) / "state.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": state.step, "top1": top1}, checkpoint, checkpoint_dir_name=f"step_{state.step:08d}")
+
+
+def resume(state: TrainState) -> list[dict[str, float]]:
+    """Continue from Ray Train's latest checkpoint, if there is one; returns the history until then."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return []
+    with checkpoint.as_directory() as folder:
+        saved = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+    state.load_state_dict(saved)
+    return saved["history"]
+
+
+def export(state: TrainState, job: Job) -> None:
+    """Write the evaluated weights as model.safetensors, with class names and recipe in the metadata."""
+    from safetensors.torch import save as to_bytes
+
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
+    metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(as_json(job.recipe))}
+    with fsspec.open(f"{job.folder}/model.safetensors", "wb") as file:
+        file.write(to_bytes(weights, metadata))

@@ -1,0 +1,165 @@
+"""Networks by name: wide residual networks and ResNet-29 for small images, anything else from timm.
+
+Shapes: B images, C channels, H×W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Group normalisation in groups of 8 channels: no batch statistics, so however a batch is split, results agree."""
+    return nn.GroupNorm(max(1, channels // 8), channels)
+
+
+class WideBlock(nn.Module):
+    """Pre-activation basic block of a wide residual network (Zagoruyko & Komodakis 2016, fig. 1d, without dropout)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm1 = norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×inputs×H×W to B×outputs×H/stride×W/stride."""
+        activated = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(activated))))
+
+
+class Bottleneck(nn.Module):
+    """ResNet v2 bottleneck (He et al. 2016b).
+
+    `first_activation=False` leaves out the ReLU before the first 1×1 convolution, as the paper's authors do.
+    `bare_first` is the network's very first block, whose input is already normalised and activated.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        outputs: int,
+        stride: int,
+        norm: Norm,
+        *,
+        bare_first: bool,
+        first_activation: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.Identity() if bare_first else norm(inputs)
+        self.first_activation = first_activation and not bare_first
+        self.conv1 = nn.Conv2d(inputs, width, 1, stride)
+        self.norm2 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        self.norm3 = norm(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1)
+        self.shortcut = None if inputs == outputs and stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×inputs×H×W to B×outputs×H/stride×W/stride."""
+        out = self.norm1(x)
+        if self.first_activation:
+            out = F.relu(out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.norm2(out)))
+        out = self.conv3(F.relu(self.norm3(out)))
+        return out + (x if self.shortcut is None else self.shortcut(x))
+
+
+class SmallImageNet(nn.Module):
+    """Stem, residual blocks, norm-ReLU, global average, linear: the shape both small-image networks share."""
+
+    def __init__(self, stem: nn.Module, blocks: list[nn.Module], features: int, classes: int, norm: Norm) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm(features)
+        self.head = nn.Linear(features, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits, B×K."""
+        out = F.relu(self.norm(self.blocks(self.stem(image_BCHW))))
+        return self.head(out.mean((2, 3)))
+
+
+def wide_resnet(depth: int, width: int, channels: int, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
+    """WRN-depth-width; depth is 6n + 4 (Zagoruyko & Komodakis 2016)."""
+    if depth < 10 or (depth - 4) % 6 or width < 1:
+        raise ValueError(f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28 … (6n + 4) and width at least 1")
+    inputs, blocks = 16, []
+    for stage in range(3):
+        outputs = 16 * width * 2**stage
+        for block in range((depth - 4) // 6):
+            blocks.append(WideBlock(inputs, outputs, 2 if stage and not block else 1, norm))
+            inputs = outputs
+    return SmallImageNet(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), list(blocks), inputs, classes, norm)
+
+
+def resnet29(channels: int, classes: int, norm: Norm = nn.BatchNorm2d, first_activation: bool = False) -> nn.Module:
+    """ResNet-29 v2, 0.84 M parameters (METHOD: networks); `first_activation=True` is standard pre-activation."""
+    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1), norm(16), nn.ReLU())
+    inputs, blocks = 16, []
+    for stage, (width, outputs) in enumerate(((16, 64), (64, 128), (128, 256))):
+        for block in range(3):
+            blocks.append(
+                Bottleneck(
+                    inputs,
+                    width,
+                    outputs,
+                    2 if stage and not block else 1,
+                    norm,
+                    bare_first=not stage and not block,
+                    first_activation=first_activation,
+                )
+            )
+            inputs = outputs
+    return SmallImageNet(stem, list(blocks), inputs, classes, norm)
+
+
+def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
+    """The randomly initialised network called `name`, the same for the same seed.
+
+    `wrn-28-10`, `resnet29` (the authors' variant), `resnet29-preact`; `:group` behind these replaces batch by group
+    normalisation; any other name is timm's. Raises ValueError, with the closest names, for an unknown one.
+    """
+    base, _, suffix = name.partition(":")
+    if suffix not in ("", "group"):
+        raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
+    norm: Norm = group_norm if suffix else nn.BatchNorm2d
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
+            return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)
+        if base in ("resnet29", "resnet29-preact"):
+            return resnet29(channels, classes, norm, first_activation=base == "resnet29-preact")
+        return _timm_model(name, channels, classes)
+
+
+def _timm_model(name: str, channels: int, classes: int) -> nn.Module:
+    import timm  # several seconds to import: only where a timm network is asked for
+
+    if name not in timm.list_models():
+        import difflib
+
+        close = difflib.get_close_matches(name, ["resnet29", "wrn-28-10", *timm.list_models()], 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "use wrn-DEPTH-WIDTH, resnet29 or a timm name"
+        raise ValueError(f"unknown network {name!r}: {hint}")
+    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

@@ -1,0 +1,229 @@
+"""The full method of "Distilling Effective Supervision from Severe Label Noise" (CVPR 2020), and its presets.
+
+Shapes: B noisy examples, M probe examples, K classes, n groups of R mixup rows, images C×H×W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.objectives.interface import Alone, Batch, Coefficients, Moment, Objective, Outcome, Workers
+from training.objectives.losses import (
+    cross_entropy,
+    forward_aside,
+    kl_divergence,
+    logit_norm,
+    mix,
+    mixing_draws,
+    sharpen,
+)
+from training.objectives.meta import Engine, Lookahead, MetaProblem, meta_gradient
+from training.objectives.reweight import normalised_weights
+
+
+@dataclass(frozen=True)
+class Ieg(Objective):
+    """Meta-learned weights ω and label trust λ, mixup with the trusted images, and consistency.
+
+    The defaults are the `reference` preset. Steps and symbols: METHOD, "One training step".
+    """
+
+    p: float = 5.0
+    """Weight of the mixup loss on noisy examples, L_β^u (CIFAR 5, WebVision 4, Food-101N and Clothing1M 1)."""
+    kl: float = 20.0
+    """Weight k of the consistency loss L_KL (CIFAR 20, WebVision mini 8, full 4, Food-101N 14, Clothing1M 3.5)."""
+    threshold: float = 1.0
+    """T: in mixup, examples whose ω* (summing to 1 over the batch) is at least T keep their label; 1 or more: none."""
+    lambda0: float = 0.9
+    """λ0, the initial trust in the given label, 0 to 1 (§4.3)."""
+    temperature: float = 0.5
+    """τ of the pseudo labels' sharpening (eq. 3)."""
+    label_weight: float = 0.5
+    """c, the weight of L_ω* + L_λ* (the authors' code ½, the paper 1)."""
+    engine: Engine = "forward"
+    """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+    scope: Literal["global", "replica"] = "global"
+    """The meta step over all workers, independent of their number, or per worker as the authors' code does."""
+    lookahead: Lookahead = "momentum"
+    """The step the meta gradient looks past: with the optimiser's momentum, plain "sgd", or "l2r" (ω0 = 0: none)."""
+    lookahead_lr: float | None = 0.1
+    """Step size α of the lookahead; None follows the scheduled learning rate (the paper)."""
+    probe_decay: bool = True
+    """Weight decay inside the meta loss (the authors' code)."""
+    weights: Literal["gradient", "step"] = "gradient"
+    """ω* from max(−∂L/∂ω, 0) (the authors' code) or from max(ω0 − ∂L/∂ω, 0) (the paper); normalised either way."""
+    logit_norm: bool = True
+    """Divide logits by their root mean square in pseudo labels and mixup losses (the authors' code)."""
+    kl_into_weak: bool = False
+    """Let the consistency loss's gradient flow into the weak view too (the paper)."""
+    fold_beta: bool = True
+    """Mixup factor max(β, 1−β), so that the first of each pair dominates (the authors' code)."""
+    average_parameters: bool = True
+    """Evaluate an exponential moving average of the parameters (the authors' code)."""
+    relabel: bool = True
+    """λ: choose between label and pseudo label (Table 9); off: every label is believed and L_λ* is left out."""
+    mixup: Literal["on", "unmixed", "off"] = "on"
+    """L_β on mixed pairs, on the same rows without mixing (M-9, M-10), or left out (M-6)."""
+
+    def __post_init__(self) -> None:
+        for name in ("p", "kl", "threshold", "label_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be 0 or more")
+        if not 0 <= self.lambda0 <= 1:
+            raise ValueError(f"objective.lambda0 is {self.lambda0}: it must be between 0 and 1")
+        if self.temperature <= 0:
+            raise ValueError(f"objective.temperature is {self.temperature}: it must be above 0")
+        if self.lookahead_lr is not None and self.lookahead_lr <= 0:
+            raise ValueError(f"objective.lookahead_lr is {self.lookahead_lr}: it must be above 0, or None")
+        if self.lookahead == "l2r" and self.relabel:
+            raise ValueError(
+                "objective.lookahead l2r has ω0 = 0, which hides λ: set objective.relabel to False with it"
+            )
+
+    def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
+        """See `Objective`."""
+        weak_BK = model(batch.weak_BCHW)
+        needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
+        strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
+        given_BK = torch.eye(batch.classes, dtype=weak_BK.dtype, device=weak_BK.device)[batch.label_B]
+        pseudo_BK = self._pseudo_labels(weak_BK.detach(), strong_BK.detach(), workers)
+
+        trust0 = self.lambda0 if self.relabel else 1.0
+        weight_B, trust_B = self._coefficients(model, batch, moment, workers, weak_BK, given_BK, pseudo_BK, trust0)
+
+        target_BK = trust0 * given_BK + (1 - trust0) * pseudo_BK
+        parts = {"weighted": (weight_B * cross_entropy(target_BK, weak_BK)).mean()}
+        total = self.label_weight * parts["weighted"]
+        if self.relabel:
+            chosen_BK = torch.where(trust_B[:, None] > 0, given_BK, pseudo_BK)
+            parts["relabelled"] = cross_entropy(chosen_BK, weak_BK).mean()
+            total = total + self.label_weight * parts["relabelled"]
+        if self.mixup != "off":
+            # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
+            keeps_B = weight_B >= self.threshold * len(weight_B) * workers.size
+            label_BK = torch.where(keeps_B[:, None], given_BK, pseudo_BK) if self.threshold < 1 else pseudo_BK
+            parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers)
+            total = total + parts["mixed_probe"] + self.p * parts["mixed_noisy"]
+        if self.kl > 0:
+            anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
+            parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
+            total = total + self.kl * parts["consistency"]
+
+        confidence_B, pseudo_label_B = pseudo_BK.max(1)
+        loss_B = F.cross_entropy(weak_BK.detach(), batch.label_B, reduction="none")
+        return Outcome(
+            total,
+            {name: part.detach() for name, part in parts.items()},
+            Coefficients(weight_B, trust_B, pseudo_label_B, confidence_B, loss_B),
+            weak_BK.detach().softmax(1),
+        )
+
+    def _pseudo_labels(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
+        """g: the sharpened mean answer to both views (step 3, eq. 3)."""
+        views = logit_norm([weak_BK, strong_BK], workers) if self.logit_norm else [weak_BK, strong_BK]
+        return sharpen((views[0].softmax(1) + views[1].softmax(1)) / 2, self.temperature)
+
+    def _coefficients(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        moment: Moment,
+        workers: Workers,
+        weak_BK: Tensor,
+        given_BK: Tensor,
+        pseudo_BK: Tensor,
+        trust0: float,
+    ) -> tuple[Tensor, Tensor]:
+        """ω* relative to 1/B, and λ* (step 4, eqs. 2 and 6)."""
+        meta_workers = workers if self.scope == "global" else Alone()
+        problem = MetaProblem(
+            model, batch, moment, meta_workers, weak_BK, given_BK, pseudo_BK,
+            trust0, self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay,
+        )  # fmt: skip
+        omega_gradient_B, lambda_gradient_B = meta_gradient(self.engine, problem)
+        initial = problem.omega0 if self.weights == "step" else 0.0
+        weight_B = normalised_weights(initial - omega_gradient_B, meta_workers)
+        trust_B = (lambda_gradient_B < 0).to(weight_B.dtype) if self.relabel else torch.ones_like(weight_B)
+        return weight_B, trust_B
+
+    def _mixup_losses(
+        self, model: nn.Module, batch: Batch, label_BK: Tensor, workers: Workers
+    ) -> tuple[Tensor, Tensor]:
+        """(L_β^p, L_β^u): one joint pass over [probe | weak | strong] of each group (step 5, eq. 9)."""
+        n = len(batch.group_keys)
+
+        def grouped(probe: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
+            return torch.cat([x.reshape(n, -1, *x.shape[1:]) for x in (probe, weak, strong)], 1)
+
+        probe_label_MK = torch.eye(batch.classes, dtype=label_BK.dtype, device=label_BK.device)[batch.probe_label_M]
+        image_nRCHW = grouped(batch.probe_MCHW, batch.weak_BCHW, batch.strong_BCHW)
+        label_nRK = grouped(probe_label_MK, label_BK, label_BK)
+        rows, probes = image_nRCHW.shape[1], len(batch.probe_label_M) // n
+        if self.mixup == "on":
+            draws = mixing_draws(
+                batch.group_keys, rows, fold=self.fold_beta, dtype=image_nRCHW.dtype, device=image_nRCHW.device
+            )
+            image_nRCHW, label_nRK = mix(image_nRCHW, *draws), mix(label_nRK, *draws)
+        logits_nRK = forward_aside(model, image_nRCHW.flatten(0, 1)).unflatten(0, (n, rows))
+        blocks = [logits_nRK[:, :probes].flatten(0, 1), logits_nRK[:, probes:].flatten(0, 1)]
+        if self.logit_norm:
+            blocks = logit_norm(blocks, workers)
+        return (
+            cross_entropy(label_nRK[:, :probes].flatten(0, 1), blocks[0]).mean(),
+            cross_entropy(label_nRK[:, probes:].flatten(0, 1), blocks[1]).mean(),
+        )
+
+
+def reference() -> Ieg:
+    """What made the published numbers: the authors' code."""
+    return Ieg()
+
+
+def paper() -> Ieg:
+    """The equations as printed."""
+    return Ieg(
+        label_weight=1.0,
+        lookahead_lr=None,
+        probe_decay=False,
+        weights="step",
+        logit_norm=False,
+        kl_into_weak=True,
+        fold_beta=False,
+        average_parameters=False,
+    )
+
+
+def ablation(number: int, base: Ieg) -> Ieg:
+    """M-1 … M-10 of Table 9 in METHOD's reading: rows 1–5 build the method up, 6–8 take a piece away, 9–10 do not mix.
+
+    The policy augmentation column (off in 1, 2, 7) and the probe size (1 a class in 10) belong to the data set.
+    Raises ValueError for other numbers.
+    """
+    without_mixup = replace(base, mixup="off", kl=0.0)
+    variants = {
+        1: replace(
+            without_mixup, relabel=False, lookahead="l2r", weights="gradient", probe_decay=False, label_weight=1.0
+        ),
+        2: without_mixup,
+        3: without_mixup,
+        4: replace(base, kl=0.0),
+        5: base,
+        6: replace(base, mixup="off"),
+        7: base,
+        8: replace(base, relabel=False),
+        9: replace(base, mixup="unmixed"),
+        10: replace(base, mixup="unmixed"),
+    }
+    if number not in variants:
+        raise ValueError(f"there is no ablation M-{number}: Table 9 has M-1 to M-10")
+    return variants[number]
+
+
+def winnow() -> Ieg:
+    """Ours: safe for any budget."""
+    return Ieg(logit_norm=False)

@@ -1,0 +1,95 @@
+"""The one signature of every objective: what it is given and what it gives back.
+
+Shapes: B noisy examples of this worker, M its trusted ("probe") examples, K classes, images C×H×W. A batch is cut into
+`len(group_keys)` equal groups, stored one behind the other; random draws are keyed per group, so that they do not
+depend on which worker holds it (METHOD: with more than one worker).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one step that this worker holds, normalised to [−1, 1]."""
+
+    weak_BCHW: Tensor
+    strong_BCHW: Tensor
+    label_B: Tensor  # int64, noisy
+    probe_MCHW: Tensor
+    probe_label_M: Tensor  # int64, trusted
+    group_keys: tuple[int, ...]  # one random key a group, from (seed, step, group)
+    classes: int
+
+
+class Workers(Protocol):
+    """How an objective sees the other workers: their number, and averages over them."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor averaged over the workers, in one collective; autograd goes through it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The only worker."""
+
+    size: int = 1
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors themselves."""
+        return list(tensors)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training stands: all that an objective may know of the optimiser and of the schedule."""
+
+    lr: float
+    progress: float  # share of the run's steps done, 0 to 1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decayed: frozenset[str] = frozenset()  # names of the parameters that weight decay acts on
+    momentum_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # by parameter name; absent before step 1
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a step decided about each noisy example, detached: a row of the ledger each."""
+
+    weight_B: Tensor  # ω relative to 1/B of the global batch: 1 is an ordinary example's weight
+    trust_B: Tensor  # λ: 1 where the given label is believed, 0 where the pseudo label is
+    pseudo_label_B: Tensor  # int64
+    confidence_B: Tensor  # probability of the pseudo label
+    loss_B: Tensor  # cross-entropy with the given label
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step's loss, with its graph, and what is worth telling about it."""
+
+    total: Tensor  # this worker's share: the mean over workers is the global loss
+    parts: dict[str, Tensor]  # unweighted terms of the loss, detached
+    coefficients: Coefficients
+    prediction_BK: Tensor  # softmax of the weak views, detached: the collapse monitor reads it
+
+
+class Objective(ABC):
+    """A frozen dataclass of hyperparameters with one call."""
+
+    average_parameters: bool  # evaluate the model with an exponential moving average of its parameters
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
+        """The loss of one batch. Batch-norm statistics move once; nothing else of the model changes."""

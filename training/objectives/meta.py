@@ -1,0 +1,159 @@
+"""The meta gradient: how the probe loss after one lookahead step changes with each example's weight and label trust.
+
+Three engines with one signature. With v = ∇L^p(θ') and t = J_θΦ(weak)·v, METHOD's identity gives, since θ' is affine in
+ω and λ:
+
+    ∂L^p/∂ω_i = −α (q_i − P_i)·t_i        ∂L^p/∂λ_i = −α ω0 (g_i − y_i)·t_i
+
+Shapes: B noisy examples, M probe examples, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from training.objectives.interface import Batch, Moment, Workers
+from training.objectives.losses import cross_entropy
+
+Engine = Literal["forward", "second_order", "difference"]
+Lookahead = Literal["momentum", "sgd", "l2r"]
+
+
+@dataclass(frozen=True)
+class MetaProblem:
+    """One meta step. `logits_BK` must carry the graph of the weak pass; `given_BK` and `pseudo_BK` are constants."""
+
+    model: nn.Module
+    batch: Batch
+    moment: Moment
+    workers: Workers
+    logits_BK: Tensor
+    given_BK: Tensor  # one-hot noisy labels y
+    pseudo_BK: Tensor  # pseudo labels g
+    lambda0: float
+    alpha: float  # step size of the lookahead
+    lookahead: Lookahead  # "l2r": ω0 = 0, so that θ' = θ
+    probe_decay: bool  # weight decay on θ' in the meta loss
+
+    @property
+    def omega0(self) -> float:
+        """The initial weight of every example, 1/B of the global batch."""
+        return 0.0 if self.lookahead == "l2r" else 1 / (len(self.logits_BK) * self.workers.size)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters θ, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def target(self, trust_B1: Tensor | float) -> Tensor:
+        """P(λ) = λ·y + (1−λ)·g, B×K (eq. 5)."""
+        return trust_B1 * self.given_BK + (1 - trust_B1) * self.pseudo_BK
+
+
+def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]:
+    """(∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, by "forward" mode or "second_order" (both exact), or by "difference"."""
+    if engine == "second_order":
+        return _second_order(problem)
+    theta = problem.parameters
+    direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
+    slope_BK = (_forward_mode if engine == "forward" else _difference)(problem, theta, direction)
+    with torch.no_grad():
+        residual_BK = problem.logits_BK.softmax(1) - problem.target(problem.lambda0)
+        change_BK = problem.pseudo_BK - problem.given_BK
+        return (
+            -problem.alpha * (residual_BK * slope_BK).sum(1),
+            -problem.alpha * problem.omega0 * (change_BK * slope_BK).sum(1),
+        )
+
+
+def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """∇_θ Σ ω0·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
+    if problem.lookahead == "l2r":
+        return None
+    loss = cross_entropy(problem.target(problem.lambda0), problem.logits_BK).mean()
+    gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True)
+    return problem.workers.mean(gradients)
+
+
+def _looked_ahead(
+    problem: MetaProblem, theta: Mapping[str, Tensor], gradients: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    """θ' = θ − α(μ·m + ∇inner + weight decay), the optimiser's own next step with step size α."""
+    if gradients is None:
+        return dict(theta)
+    moment, ahead = problem.moment, {}
+    for (name, value), gradient in zip(theta.items(), gradients, strict=True):
+        step = gradient
+        if name in moment.decayed:
+            step = step + moment.weight_decay * value
+        if problem.lookahead == "momentum" and name in moment.momentum_buffers:
+            step = step + moment.momentum * moment.momentum_buffers[name]
+        ahead[name] = value - problem.alpha * step
+    return ahead
+
+
+def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
+    """L^p(θ'): this worker's mean cross-entropy on its probe batch, batch norm in train mode."""
+    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
+    logits_MK = functional_call(problem.model, {**ahead, **buffers}, (problem.batch.probe_MCHW,))
+    loss = F.cross_entropy(logits_MK, problem.batch.probe_label_M)
+    if problem.probe_decay:
+        decay = sum(ahead[name].square().sum() for name in ahead if name in problem.moment.decayed)
+        loss = loss + problem.moment.weight_decay / 2 * decay
+    return loss
+
+
+def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """v = ∇_θ' L^p(θ'), averaged over the workers."""
+    leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
+    gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
+    return dict(zip(leaves, problem.workers.mean(gradients), strict=True))
+
+
+def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
+    # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
+    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
+    return functional_call(problem.model, {**theta, **buffers}, (problem.batch.weak_BCHW,))
+
+
+def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
+    detached = {name: value.detach() for name, value in theta.items()}
+    with torch.no_grad():
+        return jvp(lambda values: _weak_logits(problem, values), (detached,), (direction,))[1]
+
+
+def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """t ≈ (Φ(θ + εv) − Φ(θ))/ε with ε = R/‖v‖, reusing the weak logits: one plain forward, B×K."""
+    radius = 1e-2 if problem.logits_BK.dtype != torch.float64 else 1e-5
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values()))))
+        epsilon = radius / norm.clamp_min(1e-12)
+        moved = {name: value + epsilon * direction[name] for name, value in theta.items()}
+        return (_weak_logits(problem, moved) - problem.logits_BK) / epsilon
+
+
+def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
+    """Backpropagation through the lookahead step: the oracle, with a graph of the gradient."""
+    theta, size = problem.parameters, len(problem.logits_BK)
+    omega_B = problem.logits_BK.new_full((size,), problem.omega0, requires_grad=True)
+    lambda_B = problem.logits_BK.new_full((size,), problem.lambda0, requires_grad=True)
+    loss_B = cross_entropy(problem.target(lambda_B[:, None]), problem.logits_BK)
+    # The workers' mean of this is Σ ω·CE over the global batch.
+    inner = problem.workers.size * (omega_B * loss_B).sum()
+    gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+    averaged = problem.workers.mean(gradients)
+    if problem.lookahead == "l2r":  # no decay and no momentum: only ω moves θ', from 0
+        ahead = {n: v - problem.alpha * g for (n, v), g in zip(theta.items(), averaged, strict=True)}
+    else:
+        ahead = _looked_ahead(problem, theta, averaged)
+    gradients_B = torch.autograd.grad(_probe_loss(problem, ahead), (omega_B, lambda_B), retain_graph=True)
+    # Autograd sees the sum of the workers' probe losses; L^p is their mean.
+    return gradients_B[0] / problem.workers.size, gradients_B[1] / problem.workers.size

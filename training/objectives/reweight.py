@@ -1,0 +1,53 @@
+"""L2R, "Learning to reweight examples for robust deep learning" (Ren et al., ICML 2018).
+
+Shapes: B noisy examples, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
+from training.objectives.losses import cross_entropy, plain_coefficients
+from training.objectives.meta import Engine, MetaProblem, meta_gradient
+
+
+def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
+    """Positive parts of `raw_B` over (their sum + 1e-5), times B: relative to 1/B of the global batch.
+
+    All-negative input gives all-zero weights (METHOD, step 4).
+    """
+    positive_B = raw_B.clamp_min(0)
+    mean = workers.mean([positive_B.mean()])[0]
+    return positive_B / (mean + 1e-5 / (len(raw_B) * workers.size))
+
+
+@dataclass(frozen=True)
+class Reweight(Objective):
+    """Σ ω*·CE(y, a), with ω* from the meta gradient at ω0 = 0: no lookahead step, no momentum, no pseudo labels."""
+
+    average_parameters: bool = True
+    """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    engine: Engine = "forward"
+    """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+
+    def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
+        """See `Objective`."""
+        logits_BK = model(batch.weak_BCHW)
+        given_BK = torch.eye(batch.classes, dtype=logits_BK.dtype, device=logits_BK.device)[batch.label_B]
+        problem = MetaProblem(
+            model, batch, moment, workers, logits_BK, given_BK, given_BK,
+            lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False,
+        )  # fmt: skip
+        omega_gradient_B, _ = meta_gradient(self.engine, problem)
+        weight_B = normalised_weights(-omega_gradient_B, workers)
+        loss = (weight_B * cross_entropy(given_BK, logits_BK)).mean()
+        return Outcome(
+            loss,
+            {"weighted": loss.detach()},
+            plain_coefficients(logits_BK, batch.label_B, weight_B),
+            logits_BK.detach().softmax(1),
+        )

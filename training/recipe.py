@@ -1,0 +1,128 @@
+"""A recipe is everything a run is: a frozen dataclass, changed from the command line, the same everywhere.
+
+A training script is a function that returns a recipe, and `parse`, by which the command line changes any field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from pipeline.dataset import Source
+from training.objectives.ieg import ablation, paper, reference, winnow
+from training.objectives.interface import Objective
+from training.objectives.reweight import Reweight
+from training.objectives.supervised import Supervised
+from training.schedule import Schedule
+
+METHODS: dict[str, Callable[[], Objective]] = {
+    "winnow": winnow,
+    "reference": reference,
+    "paper": paper,
+    "supervised": Supervised,
+    "reweight": Reweight,
+    **{f"M-{number}": lambda number=number: ablation(number, reference()) for number in range(1, 11)},  # type: ignore[misc]
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run."""
+
+    name: str
+    """Name of the run: its folder under `storage`. The same name again resumes from the last checkpoint."""
+    dataset: Source
+    """Which data set, with which noise and trusted set."""
+    objective: Objective
+    """What is minimised; chosen by --method, its fields changed one by one."""
+    data: str = ""
+    """Where the data set is: a local path or any fsspec URL, such as gs://bucket/folder."""
+    storage: str = "runs"
+    """Where runs are kept: a local path or a URL."""
+    network: str = "wrn-28-10"
+    """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """Learning rate over the steps, and how many steps there are."""
+    batch: int = 100
+    """Noisy examples a step, over all workers (paper: B = 100 on CIFAR)."""
+    probe_batch: int = 100
+    """Trusted examples a step, over all workers (paper: M = B)."""
+    group: int = 25
+    """Noisy examples of one group: the unit of order, handed to workers in turn. The number of workers changes nothing
+    as long as it divides batch/group."""
+    momentum: float = 0.9
+    """Momentum of SGD, read by the lookahead (paper: 0.9)."""
+    weight_decay: float = 5e-4
+    """Weight decay in PyTorch's sense (WRN 5e-4, ResNet-29 2e-4, ResNet-50 4e-4)."""
+    decay: Literal["all", "kernels"] = "all"
+    """What weight decay acts on: all parameters (WRN), or kernels of convolutions and linear layers (ResNet-29)."""
+    workers: int = 1
+    """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process."""
+    actors: int = 2
+    """The most CPU actors that make views."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where workers train; auto takes GPUs where the cluster has one for each worker."""
+    evaluate_every: int = 0
+    """Steps between test evaluations, for curves; cycle ends are always evaluated; 0: only those."""
+    tracker: Literal["tensorboard", "mlflow", "wandb"] = "tensorboard"
+    """Where rank 0 logs: event files in the run's folder, or MLflow or W&B (install winnow[trackers])."""
+    seed: int = 0
+    """Seed of the data split, the noise, the network and every draw."""
+
+    def __post_init__(self) -> None:
+        positive = ("batch", "probe_batch", "group", "actors")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("workers", "evaluate_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name is {self.name!r}: it must be a folder name")
+        if self.batch % self.group:
+            raise ValueError(f"batch {self.batch} is not a multiple of group {self.group}: change one of them")
+        if self.groups % max(self.workers, 1):
+            raise ValueError(
+                f"{self.groups} groups a batch do not divide among {self.workers} workers: lower group ({self.group})"
+            )
+        if self.probe_batch % self.groups:
+            raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
+
+    @property
+    def groups(self) -> int:
+        """Groups a batch."""
+        return self.batch // self.group
+
+
+def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:
+    """The recipe that the command line asks for: `recipe(method)`, then field by field.
+
+    `--help` shows every field; a misspelt or impossible one ends the program with the reason and status 2.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="%(prog)s [--method METHOD] [OPTIONS]")
+    first.add_argument("--method", choices=METHODS, default="winnow", metavar="METHOD")
+    chosen, rest = first.parse_known_args(arguments)
+    about = (
+        f"{(recipe.__doc__ or '').strip()}\n\n--method METHOD sets the objective before all else: {', '.join(METHODS)}."
+    )
+    return tyro.cli(
+        Recipe, default=recipe(chosen.method), args=rest, description=about, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, with the names of its data set's and objective's classes."""
+    return {
+        **dataclasses.asdict(recipe),
+        "dataset": {"kind": type(recipe.dataset).__name__, **dataclasses.asdict(recipe.dataset)},  # type: ignore[call-overload]
+        "objective": {"kind": type(recipe.objective).__name__, **dataclasses.asdict(recipe.objective)},  # type: ignore[call-overload]
+    }

@@ -1,0 +1,91 @@
+"""Everything that changes while training: model, moving average, optimiser, step counter; to and from a plain dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def kernels(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of convolutions and linear layers: what weight decay acts on for ResNet-29 (METHOD)."""
+    return frozenset(name for name, value in model.named_parameters() if value.dim() > 1)
+
+
+class TrainState:
+    """A model in training."""
+
+    def __init__(
+        self, model: nn.Module, *, momentum: float, weight_decay: float, decayed: frozenset[str], average: bool
+    ) -> None:
+        self.model = model
+        self.momentum, self.weight_decay, self.decayed = momentum, weight_decay, decayed
+        parameters = dict(model.named_parameters())
+        decay = [value for name, value in parameters.items() if name in decayed]
+        other = [value for name, value in parameters.items() if name not in decayed]
+        groups = [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": other, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=momentum)
+        self.averaged = {name: value.detach().clone() for name, value in parameters.items()} if average else {}
+        self.step = 0  # updates done
+
+    def momentum_buffers(self) -> dict[str, Tensor]:
+        """The optimiser's own velocity of each parameter, by name; empty before the first step."""
+        buffers = {}
+        for name, value in self.model.named_parameters():
+            velocity = self.optimizer.state.get(value, {}).get("momentum_buffer")
+            if velocity is not None:
+                buffers[name] = velocity
+        return buffers
+
+    def apply_gradients(self, lr: float) -> None:
+        """One step of SGD at `lr`, then of the moving average with decay min(0.999, (1+t)/(10+t)) (METHOD, step 8)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.averaged:
+            decay = min(0.999, (1 + self.step) / (10 + self.step))
+            live = [value.detach() for value in self.model.parameters()]
+            torch._foreach_lerp_(list(self.averaged.values()), live, 1 - decay)
+        self.step += 1
+
+    def predict(self, image_BCHW: Tensor) -> Tensor:
+        """Logits, B×K, of the averaged parameters (where kept) with the live batch-norm statistics, in eval mode."""
+        self.model.eval()
+        with torch.no_grad():
+            logits_BK = functional_call(self.model, self.averaged, (image_BCHW,))
+        self.model.train()
+        return logits_BK
+
+    def inference_weights(self) -> dict[str, Tensor]:
+        """What `predict` uses, as one state dict for the model alone."""
+        return {**self.model.state_dict(), **self.averaged}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads it back."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; raises ValueError where the checkpoint is of another network or recipe."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if saved["averaged"].keys() != self.averaged.keys():
+                raise ValueError("one keeps averaged parameters, the other does not")
+            for name, value in saved["averaged"].items():
+                self.averaged[name].copy_(value)
+            self.step = int(saved["step"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the checkpoint does not fit this recipe ({first}): use another name or storage"
+            ) from error

@@ -1,0 +1,68 @@
+"""Where a run's figures go beside its own files: TensorBoard, MLflow or Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from training.recipe import Recipe, as_json
+
+
+class Tracker:
+    """Logs rank 0's rows. Raises ModuleNotFoundError, naming the mend, where the tracker is not installed."""
+
+    def __init__(self, recipe: Recipe, folder: str) -> None:
+        self.kind = recipe.tracker
+        if self.kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(f"{folder}/tensorboard")
+            return
+        require(self.kind)
+        if self.kind == "mlflow":
+            import mlflow
+
+            mlflow.set_experiment("winnow")
+            mlflow.start_run(run_name=recipe.name)
+            mlflow.log_dict(as_json(recipe), "recipe.json")
+        else:
+            import wandb
+
+            wandb.init(project="winnow", name=recipe.name, config=as_json(recipe))
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Every figure of `row`, at its step."""
+        step = int(row["step"])
+        figures = {name: value for name, value in row.items() if name != "step"}
+        if self.kind == "tensorboard":
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        elif self.kind == "mlflow":
+            import mlflow
+
+            mlflow.log_metrics(figures, step=step)
+        else:
+            import wandb
+
+            wandb.log(figures, step=step)
+
+    def close(self) -> None:
+        """Finish the tracker's own run."""
+        if self.kind == "tensorboard":
+            self.writer.close()
+        elif self.kind == "mlflow":
+            import mlflow
+
+            mlflow.end_run()
+        else:
+            import wandb
+
+            wandb.finish()
+
+
+def require(kind: str) -> None:
+    """Raise ModuleNotFoundError where the tracker's package is missing."""
+    import importlib.util
+
+    if kind != "tensorboard" and importlib.util.find_spec(kind) is None:
+        raise ModuleNotFoundError(f"--tracker {kind} needs a package that is not here: pip install 'winnow[trackers]'")
