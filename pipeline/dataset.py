@@ -107,7 +107,7 @@ def draw_probe(label_N: np.ndarray, classes: int, per_class: int, rng: np.random
         of_class = np.flatnonzero(label_N == k)
         if len(of_class) <= per_class:
             raise InputError(
-                f"class {k} has {len(of_class)} examples, too few for a probe of {per_class} each: lower probe_per_class"
+                f"class {k} has {len(of_class)} examples, too few to take {per_class} for the probe: lower its size"
             )
         rows.append(rng.choice(of_class, per_class, replace=False))
     return np.sort(np.concatenate(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -151,6 +152,7 @@ def _connect(recipe: Recipe) -> None:
         return
     # A report waits for the controller's next look; on one machine frequent looks cost nothing.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Logical CPUs: every worker and actor must be placed at once, and Ray Data needs one to spare or it waits forever.
     needed = recipe.workers + recipe.actors + 1
     ray.init(

@@ -28,7 +28,7 @@ from pipeline.plan import Plan, Purpose
 from training import networks
 from training.ledger import Ledger
 from training.monitor import Monitor
-from training.objectives.interface import Alone, Batch, Workers
+from training.objectives.interface import Alone, Batch, Outcome, Workers
 from training.recipe import Recipe, as_json
 from training.state import TrainState, kernels
 from training.step import Processes, normalised, update
@@ -65,12 +65,9 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
     history = resume(state)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
     tracker = Tracker(recipe, job.folder) if rank == 0 else None
-    schedule = recipe.schedule
-    evaluations = set(schedule.ends)
-    if recipe.evaluate_every:
-        evaluations |= set(range(recipe.evaluate_every, schedule.steps, recipe.evaluate_every))
+    evaluations = recipe.evaluations
     last_good = f"step {state.step}" if state.step else "none"
-    started, told, first_step = time.monotonic(), 0.0, state.step
+    told_at, told_step = time.monotonic(), state.step
 
     groups = stream.groups(ray.train.get_dataset_shard("train"), job.plan)
     for step, held in enumerate(job.plan.by_step(groups, world), start=job.plan.start):
@@ -78,9 +75,9 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
             continue
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
         assert [int(group["group"][0]) for group in held] == expected, "the stream is out of plan order"
-        lr = schedule.learning_rate(step)
         batch = assemble(held, probe, recipe, len(job.class_names), device)
-        outcome = update(state, recipe.objective, batch, lr=lr, progress=step / schedule.steps, workers=workers)
+        lr, progress = recipe.schedule.learning_rate(step), step / recipe.schedule.steps
+        outcome = update(state, recipe.objective, batch, lr=lr, progress=progress, workers=workers)
         known = {column: np.concatenate([group[column] for group in held]) for column in ("id", "epoch", "label")}
         ledger.add(step, known, outcome.coefficients)
         monitor.add(step, outcome)
@@ -88,30 +85,35 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
         evaluate = state.step in evaluations
         if state.step % CHECK_EVERY == 0 or evaluate:
             monitor.check_finite(last_good)
-        if rank == 0 and (time.monotonic() - told > TELL_EVERY or evaluate):
-            told = time.monotonic()
-            speed = (state.step - first_step) * recipe.batch / (told - started)
-            parts = {name: float(part) for name, part in outcome.parts.items()}
-            row = {
-                "step": state.step,
-                "cycle": schedule.cycle(step) + 1,
-                "lr": lr,
-                "loss": float(outcome.total),
-                **parts,
-            }
-            tell(job, {**row, "images_per_second": speed, "warning": monitor.collapse_warning()})
+        now = time.monotonic()
+        if tracker and (now - told_at > TELL_EVERY or evaluate):
+            row = figures(step, lr, outcome, recipe, speed=(state.step - told_step) * recipe.batch / (now - told_at))
+            job.progress.put_nowait({**row, "warning": monitor.collapse_warning()})
+            told_at, told_step = now, state.step
         if evaluate:
             top1, top5 = accuracy(state, test, rank, workers, device)
             ledger.flush()
-            if rank == 0 and tracker:
-                history.append({**row, "images_per_second": speed, "top1": top1, "top5": top5})
+            if tracker:
+                history.append({**row, "top1": top1, "top5": top5})
                 tracker.log(history[-1])
             save(state, history, rank, top1)
             last_good = f"step {state.step}"
-    if rank == 0 and tracker:
+    if tracker:
         tracker.close()
         export(state, job)
     return history
+
+
+def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float) -> dict[str, float]:
+    """What a progress line and a row of the history have in common; `speed` in noisy images a second, all workers."""
+    return {
+        "step": step + 1,
+        "cycle": recipe.schedule.cycle(step) + 1,
+        "lr": lr,
+        "loss": float(outcome.total.detach()),
+        **{name: float(part) for name, part in outcome.parts.items()},
+        "images_per_second": speed,
+    }
 
 
 def new_state(recipe: Recipe, channels: int, classes: int, device: torch.device) -> TrainState:
@@ -167,11 +169,6 @@ def accuracy(
         right += torch.stack([hit_N5[:, 0].sum(), hit_N5.any(1).sum()])
     total = workers.mean([right])[0] * workers.size / len(test)
     return float(total[0]), float(total[1])
-
-
-def tell(job: Job, message: dict[str, Any]) -> None:
-    """Send one progress message to the launching process."""
-    job.progress.put_nowait(message)
 
 
 def save(state: TrainState, history: list[dict[str, float]], rank: int, top1: float) -> None:

@@ -101,6 +101,14 @@ class Recipe:
         """Groups a batch."""
         return self.batch // self.group
 
+    @property
+    def evaluations(self) -> frozenset[int]:
+        """Numbers of steps after which the model is evaluated and a checkpoint kept."""
+        ends = frozenset(self.schedule.ends)
+        if not self.evaluate_every:
+            return ends
+        return ends | frozenset(range(self.evaluate_every, self.schedule.steps, self.evaluate_every))
+
 
 def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:
     """The recipe that the command line asks for: `recipe(method)`, then field by field.

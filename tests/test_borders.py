@@ -1,0 +1,72 @@
+"""The rooms' borders: who may import whom, and names that shadow nobody."""
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("pipeline", "training", "tuning")
+
+
+def loaded_after_importing(modules: list[str]) -> set[str]:
+    """Top-level names in sys.modules of a fresh interpreter that imported `modules`."""
+    code = "import importlib, json, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_objectives_and_networks_know_no_ray():
+    files = (ROOT / "training" / "objectives").glob("[!_]*.py")
+    modules = [f"training.objectives.{file.stem}" for file in files]
+    assert "training.objectives.ieg" in modules
+    loaded = loaded_after_importing([*modules, "training.networks", "training.state", "training.step"])
+    assert "torch" in loaded
+    assert "ray" not in loaded
+    assert "timm" not in loaded  # seconds to import: only where a timm network is asked for
+
+
+def test_the_pipeline_s_pure_modules_know_neither_torch_nor_ray():
+    names = ("dataset", "plan", "views", "noise", "cifar", "digits")
+    loaded = loaded_after_importing([f"pipeline.{name}" for name in names])
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "ray"}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(("room", "above"), [("pipeline", {"training", "tuning"}), ("training", {"tuning"})])
+def test_no_room_imports_one_above_it(room, above):
+    files = list((ROOT / room).rglob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        assert not {name.partition(".")[0] for name in imported(file)} & above, file
+
+
+def test_no_module_shadows_a_standard_or_installed_one():
+    # Ours are installed too, as rooms.
+    taken = (set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())) - {*ROOMS, "benchmarks"}
+    assert {"queue", "ray", "torch"} <= taken
+    # A script's folder leads sys.path: the files beside it are what can shadow.
+    ours = {path.stem for room in ROOMS for path in (ROOT / room).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not (ours - {"__init__", "__pycache__"}) & taken
+
+
+def test_init_files_are_empty():
+    assert [str(f) for room in ROOMS for f in (ROOT / room).rglob("__init__.py") if f.read_text().strip()] == []

@@ -1,0 +1,84 @@
+import uuid
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from training import ledger
+from training.ledger import Ledger
+from training.objectives.interface import Coefficients
+
+COLUMNS = ["step", "id", "epoch", "label", "weight", "trust", "pseudo_label", "confidence", "loss"]
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path / "run")
+        return
+    url = f"memory://{uuid.uuid4().hex}/run"
+    yield url
+    memory = fsspec.filesystem("memory")
+    for path in memory.find(url):
+        memory.rm(path)
+
+
+def step_rows(step: int, size: int = 3, shift: float = 0.0):
+    """What the stream and the step say about `size` examples."""
+    ids = np.arange(size) + 100 * step
+    known = {"id": ids, "epoch": ids // 150, "label": ids % 7}
+    values = torch.arange(size, dtype=torch.float64) / 8 + step + shift
+    said = Coefficients(values, (values > 2).double(), torch.from_numpy(ids % 5), values / 64, values + 0.5)
+    return known, said
+
+
+def test_round_trip(folder):
+    first, second = Ledger(folder, 0), Ledger(folder, 1)
+    for step in (0, 1, 2):
+        first.add(step, *step_rows(step))
+    second.add(0, *step_rows(7))  # the other rank's examples of step 0
+    first.flush()
+    second.flush()
+    first.add(3, *step_rows(3, size=2))
+    first.flush()
+    first.flush()  # nothing new: nothing is written
+    table = ledger.read(folder)
+    assert sorted(table.column_names) == sorted(COLUMNS)
+    assert table["step"].to_pylist() == sorted([0] * 6 + [1] * 3 + [2] * 3 + [3] * 2)
+    rows = {row["id"]: row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows == 14
+    for step, size, said_at in ((1, 3, 1), (0, 3, 7), (3, 2, 3)):
+        known, said = step_rows(said_at, size)
+        for i, example in enumerate(known["id"]):
+            row = rows[example]
+            assert (row["step"], row["epoch"], row["label"]) == (step, known["epoch"][i], known["label"][i])
+            assert row["pseudo_label"] == int(said.pseudo_label_B[i])
+            for name, column in (
+                ("weight", said.weight_B),
+                ("trust", said.trust_B),
+                ("confidence", said.confidence_B),
+                ("loss", said.loss_B),
+            ):
+                assert row[name] == float(column[i])  # eighths: exact in float32
+    assert {str(table.schema.field(name).type) for name in ("weight", "trust", "confidence", "loss")} == {"float"}
+    assert {str(table.schema.field(name).type) for name in ("step", "id", "label", "pseudo_label")} == {"int64"}
+
+
+def test_a_resumed_run_overwrites_what_it_replays(folder):
+    for shift in (0.0, 0.25):
+        replayed = Ledger(folder, 0)
+        replayed.add(4, *step_rows(4, shift=shift))
+        replayed.add(5, *step_rows(5, shift=shift))
+        replayed.flush()
+    table = ledger.read(folder)
+    assert table["id"].to_pylist() == [400, 401, 402, 500, 501, 502]
+    assert table["weight"].to_pylist() == [4.25, 4.375, 4.5, 5.25, 5.375, 5.5]
+
+
+def test_an_empty_folder_says_so(folder):
+    with pytest.raises(FileNotFoundError, match="holds no ledger"):
+        ledger.read(folder)
+    Ledger(folder, 0).flush()
+    with pytest.raises(FileNotFoundError, match="holds no ledger"):
+        ledger.read(folder)

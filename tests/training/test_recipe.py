@@ -1,0 +1,211 @@
+import dataclasses
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from pipeline.digits import Digits
+from training.objectives.ieg import Ieg, ablation, paper, reference
+from training.objectives.interface import Objective
+from training.objectives.reweight import Reweight
+from training.objectives.supervised import Supervised
+from training.recipe import METHODS, Recipe, as_json, parse
+
+TABLE_9 = [f"M-{number}" for number in range(1, 11)]
+
+
+def recipe(method: str) -> Recipe:
+    """A run on digits."""
+    return Recipe(name="run", dataset=Digits(), objective=METHODS[method]())
+
+
+def refusal(arguments, capsys) -> str:
+    """What a refused command line leaves on stderr, in one line without frames; status 2, nothing on stdout."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(recipe, arguments)
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", output.err).split())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_fresh_frozen_objective(method):
+    objective = METHODS[method]()
+    assert isinstance(objective, Objective)
+    assert isinstance(objective.average_parameters, bool)
+    assert objective == METHODS[method]()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        objective.average_parameters = False
+
+
+def test_methods_are_those_of_the_readme():
+    assert set(METHODS) == {"winnow", "reference", "paper", "supervised", "reweight", *TABLE_9}
+
+
+def test_presets_are_those_of_method_md():
+    assert METHODS["reference"]() == Ieg() == reference()
+    assert reference() == dataclasses.replace(
+        paper(),
+        label_weight=0.5,
+        lookahead_lr=0.1,
+        probe_decay=True,
+        weights="gradient",
+        logit_norm=True,
+        kl_into_weak=False,
+        fold_beta=True,
+        average_parameters=True,
+    )
+    assert paper().label_weight == 1
+    assert paper().lookahead_lr is None
+    for shared in (reference(), paper()):
+        assert (shared.p, shared.kl, shared.threshold, shared.lambda0, shared.temperature) == (5, 20, 1, 0.9, 0.5)
+
+
+@pytest.mark.parametrize("base", [reference(), paper()])
+def test_ablations_follow_table_9(base):
+    """(L_KL, L_β, λ) of METHOD's table; the augmentation column belongs to the data set."""
+    table = {
+        1: (False, "off", False),
+        2: (False, "off", True),
+        3: (False, "off", True),
+        4: (False, "on", True),
+        5: (True, "on", True),
+        6: (True, "off", True),
+        7: (True, "on", True),
+        8: (True, "on", False),
+        9: (True, "unmixed", True),
+        10: (True, "unmixed", True),
+    }
+    for number, expected in table.items():
+        row = ablation(number, base)
+        assert (row.kl > 0, row.mixup, row.relabel) == expected
+        assert (row.lookahead == "l2r") == (number == 1)
+    assert ablation(5, base) == base
+    for number in (0, 11):
+        with pytest.raises(ValueError, match=f"no ablation M-{number}"):
+            ablation(number, base)
+
+
+@pytest.mark.parametrize("method", ["supervised", "reweight", "paper", "M-6"])
+def test_method_is_set_before_all_else(method):
+    expected = METHODS[method]()
+    assert parse(recipe, ["--method", method]).objective == expected
+    assert parse(recipe, ["--seed", "3", f"--method={method}"]).objective == expected
+
+
+def test_fields_change_one_by_one():
+    changed = parse(
+        recipe,
+        [
+            "--objective.kl", "4",
+            "--method", "reference",
+            "--objective.lookahead-lr", "None",
+            "--objective.no-logit-norm",
+            "--objective.mixup", "unmixed",
+            "--schedule.lr", "0.02",
+            "--dataset.noise.rate", "0.4",
+            "--batch", "40",
+            "--group", "10",
+        ],
+    )  # fmt: skip
+    assert changed == dataclasses.replace(
+        recipe("reference"),
+        objective=dataclasses.replace(reference(), kl=4.0, lookahead_lr=None, logit_norm=False, mixup="unmixed"),
+        schedule=dataclasses.replace(recipe("paper").schedule, lr=0.02),
+        dataset=Digits(dataclasses.replace(Digits().noise, rate=0.4)),
+        batch=40,
+        group=10,
+    )
+    assert parse(recipe, ["--method", "reweight", "--objective.engine", "difference"]).objective == Reweight(
+        engine="difference"
+    )
+
+
+def test_the_command_line_is_read_from_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--method", "supervised", "--seed", "9"])
+    parsed = parse(recipe)
+    assert parsed == dataclasses.replace(recipe("supervised"), seed=9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--objective.kll", "4"], ["Unrecognized options: --objective.kll", "--objective.kl FLOAT"]),
+        (["--schedule.firstcycle", "4"], ["Unrecognized", "--schedule.first-cycle INT"]),
+        (["--method", "papre"], ["--method", "papre", "reference", "paper"]),
+        (["--method", "supervised", "--objective.kl", "4"], ["Unrecognized options: --objective.kl"]),
+        (["--objective.p", "-1"], ["objective.p is -1.0: it must be 0 or more"]),
+        (["--objective.lambda0", "1.5"], ["objective.lambda0 is 1.5: it must be between 0 and 1"]),
+        (["--objective.lambda0", "-0.1"], ["objective.lambda0 is -0.1: it must be between 0 and 1"]),
+        (["--objective.engine", "backward"], ["--objective.engine", "forward", "second_order"]),
+        (["--schedule.t-mul", "0.5"], ["schedule.t_mul is 0.5"]),
+        (["--dataset.noise.rate", "2"], ["noise rate is 2.0"]),
+        (["--batch", "99"], ["batch 99 is not a multiple of group 25"]),
+        (["--workers", "3"], ["4 groups a batch do not divide among 3 workers: lower group"]),
+        (["--probe-batch", "50"], ["probe_batch 50 is not a multiple of the 4 groups a batch"]),
+        (["--batch", "many"], ["--batch", "many"]),
+    ],
+)
+def test_what_cannot_be_asked_ends_with_the_reason(arguments, messages, capsys):
+    said = refusal(arguments, capsys)
+    for message in messages:
+        assert message in said
+
+
+def test_help_shows_methods_and_fields(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(recipe, ["--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for expected in ("A run on digits.", *METHODS, "--objective.kl", "--schedule.first-cycle", "--dataset.noise.rate"):
+        assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 0}, "batch is 0: it must be 1 or more"),
+        ({"group": 0}, "group is 0: it must be 1 or more"),
+        ({"probe_batch": -1}, "probe_batch is -1: it must be 1 or more"),
+        ({"actors": 0}, "actors is 0: it must be 1 or more"),
+        ({"workers": -1}, "workers is -1: it must be 0 or more"),
+        ({"evaluate_every": -1}, "evaluate_every is -1"),
+        ({"weight_decay": -1e-4}, "weight_decay is -0.0001"),
+        ({"seed": -1}, "seed is -1"),
+        ({"momentum": 1.0}, "momentum is 1.0: it must be at least 0 and below 1"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"name": ""}, "must be a folder name"),
+        ({"name": "a/b"}, "must be a folder name"),
+        ({"group": 30}, "batch 100 is not a multiple of group 30"),
+        ({"workers": 8}, "4 groups a batch do not divide among 8 workers"),
+        ({"probe_batch": 10}, "probe_batch 10 is not a multiple of the 4 groups"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(recipe("supervised"), **changes)
+
+
+def test_workers_that_divide_the_groups_are_accepted():
+    for workers in (0, 1, 2, 4):
+        assert dataclasses.replace(recipe("supervised"), workers=workers).groups == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_as_json_is_plain_and_names_its_kinds(method):
+    made = recipe(method)
+    data = as_json(made)
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["objective"].pop("kind") == type(made.objective).__name__
+    assert data["dataset"].pop("kind") == "Digits"
+    assert type(made.objective)(**data["objective"]) == made.objective
+    assert data["schedule"]["lr"] == made.schedule.lr
+    assert set(data) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_supervised_has_one_field():
+    assert [field.name for field in dataclasses.fields(Supervised)] == ["average_parameters"]
+    assert not math.isnan(Ieg().p)
