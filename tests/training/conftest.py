@@ -36,11 +36,11 @@ class Problem:
 def build_problem(
     network: str = "wrn-10-1", *, dtype: torch.dtype = torch.float64, noisy: int = 12, probe: int = 10, size: int = 8
 ) -> Problem:
-    """Nothing sits at a special value: norms, running statistics and momentum are random, decay acts on kernels only."""
+    """Nothing sits at a special value: norms, running statistics and momentum are random; decay acts on kernels."""
     rng = torch.Generator().manual_seed(7)
     model = networks.build(network, 3, CLASSES, seed=3).to(dtype)
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.dim() == 1:
                 value.add_(torch.randn(value.shape, generator=rng, dtype=torch.float64), alpha=0.2)
         for name, buffer in model.named_buffers():

@@ -71,7 +71,7 @@ def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:
         batch = batch_of(step, rank, world, dtype)
         outcome = update(state, objective, batch, lr=0.05, progress=step / STEPS, workers=workers)
         said.append(dict(vars(outcome.coefficients)))
-        totals.append(float(outcome.total))
+        totals.append(outcome.total.item())
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     return {"parameters": parameters, "averaged": state.averaged, "said": said, "totals": totals}
 

@@ -94,5 +94,5 @@ def test_finite_losses_are_looked_at_once():
     monitor.check_finite("none")
     assert monitor.unchecked == []
     monitor.add(1, outcome(torch.eye(4), float("nan")))
-    with pytest.raises(NotFiniteError, match="at step 1 .*checkpoint: none"):
+    with pytest.raises(NotFiniteError, match=r"at step 1 .*checkpoint: none"):
         monitor.check_finite("none")

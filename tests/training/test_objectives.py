@@ -15,9 +15,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.objectives.ieg import Ieg, paper, reference, winnow
+from training.objectives.ieg import Ieg, paper, reference
 from training.objectives.interface import Alone
-from training.objectives.losses import cross_entropy, forward_aside, kl_divergence, logit_norm, mix, mixing_draws, sharpen
+from training.objectives.losses import (
+    cross_entropy,
+    forward_aside,
+    kl_divergence,
+    logit_norm,
+    mix,
+    mixing_draws,
+    sharpen,
+)
 from training.recipe import METHODS
 
 THRESHOLD = 0.08  # of 12 examples: those a little below the mean weight 1/12 and up keep their labels
@@ -176,11 +184,6 @@ def test_total_is_the_weighted_sum_of_step_7(make, c, problem):
         c * (part["weighted"] + part["relabelled"]) + part["mixed_probe"] + 5 * part["mixed_noisy"]
     ) + 20 * part["consistency"]
     assert outcome.total.item() == pytest.approx(expected.item(), rel=1e-12)
-
-
-def test_winnow_is_an_objective_of_the_same_family():
-    assert isinstance(winnow(), Ieg)
-    assert METHODS["winnow"]() == winnow()
 
 
 # The method a second time, from METHOD.md alone: plain formulas, double backward, no code of the objectives.
@@ -398,9 +401,7 @@ def test_forward_aside_leaves_statistics_alone(problem):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_mixing_draws_follow_beta_one_half(fold):
-    partner_nR, beta_nR = mixing_draws(
-        range(50), 200, fold=fold, dtype=torch.float64, device=torch.device("cpu")
-    )
+    partner_nR, beta_nR = mixing_draws(range(50), 200, fold=fold, dtype=torch.float64, device=torch.device("cpu"))
     assert torch.equal(partner_nR.sort(1).values, torch.arange(200).expand(50, 200))
     # Beta(½, ½) is the arcsine law: P(β ≤ x) = 2/π · asin √x; folded, P(β ≤ x) is that at x less that at 1 − x.
     sample = np.sort(beta_nR.flatten().numpy())

@@ -130,11 +130,11 @@ def test_a_saved_run_continues_bit_for_bit(problem, method):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(other):
-    with pytest.raises(ValueError, match="does not fit this recipe .*use another name or storage"):
+    with pytest.raises(ValueError, match=r"does not fit this recipe .*use another name or storage"):
         other().load_state_dict(new_state(nn.Linear(3, 2)).state_dict())
 
 
 def test_a_checkpoint_without_a_part_is_refused():
     state = new_state(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="does not fit this recipe .*averaged"):
+    with pytest.raises(ValueError, match=r"does not fit this recipe .*averaged"):
         state.load_state_dict({name: part for name, part in state.state_dict().items() if name != "averaged"})
