@@ -39,7 +39,7 @@ class Ledger:
         )
 
     def flush(self) -> None:
-        """Write all rows so far as one file, named by its steps, so that a resumed run overwrites what it replays."""
+        """Write all rows so far as one file, named by its steps."""
         if not self.known:
             return
         columns: dict[str, np.ndarray] = {
@@ -54,6 +54,14 @@ class Ledger:
         with filesystem.open(f"{path}/steps-{first:08d}-{last:08d}-rank-{self.rank:04d}.parquet", "wb") as file:
             pq.write_table(pa.table(columns), file)
         self.known, self.decided = [], []
+
+
+def forget(folder: str, step: int) -> None:
+    """Remove the files of steps from `step` on: a run that resumes there, on any number of workers, writes them again."""
+    filesystem, path = fsspec.core.url_to_fs(f"{folder}/{FOLDER}")
+    for part in filesystem.glob(f"{path}/steps-*.parquet"):
+        if int(part.rsplit("/", 1)[-1].split("-")[1]) >= step:
+            filesystem.rm(part)
 
 
 def read(folder: str) -> pa.Table:

@@ -26,7 +26,7 @@ from pipeline import stream
 from pipeline.dataset import Examples
 from pipeline.plan import Plan, Purpose
 from training import networks
-from training.ledger import Ledger
+from training.ledger import Ledger, forget
 from training.monitor import Monitor
 from training.objectives.interface import Alone, Batch, Outcome, Workers
 from training.recipe import Recipe, as_json
@@ -64,7 +64,10 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
     state = new_state(recipe, probe.image_NHWC.shape[-1], len(job.class_names), device)
     history = resume(state)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
-    tracker = Tracker(recipe, job.folder) if rank == 0 else None
+    tracker = None
+    if rank == 0:
+        forget(job.folder, state.step)  # others write no file before rank 0 joins their first step
+        tracker = Tracker(recipe, job.folder)
     evaluations = recipe.evaluations
     last_good = f"step {state.step}" if state.step else "none"
     told_at, told_step = time.monotonic(), state.step

@@ -144,12 +144,14 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     if suffix not in ("", "group"):
         raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
     norm: Norm = group_norm if suffix else nn.BatchNorm2d
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
             return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)
         if base in ("resnet29", "resnet29-preact"):
             return resnet29(channels, classes, norm, first_activation=base == "resnet29-preact")
+        if suffix:
+            raise ValueError(f"network {name!r}: ':group' goes with wrn-DEPTH-WIDTH and resnet29 only")
         return _timm_model(name, channels, classes)
 
 

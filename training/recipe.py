@@ -83,6 +83,8 @@ class Recipe:
         for name in ("workers", "evaluate_every", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}: it must be below 2^32")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
         if not self.name or "/" in self.name:

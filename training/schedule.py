@@ -35,15 +35,15 @@ class Schedule:
             raise ValueError(f"schedule.t_mul is {self.t_mul}: it must be 1 or more")
 
     def start(self, cycle: int) -> float:
-        """Where a cycle starts, in steps."""
+        """Where a cycle starts, in steps; rounding errors of the power do not count as a part of a step."""
         if self.t_mul == 1:
             return float(self.first_cycle * cycle)
-        return self.first_cycle * (self.t_mul**cycle - 1) / (self.t_mul - 1)
+        return round(self.first_cycle * (self.t_mul**cycle - 1) / (self.t_mul - 1), 6)
 
     @property
     def ends(self) -> list[int]:
         """The number of steps done at the end of each cycle."""
-        return [math.ceil(self.start(cycle) - 1e-9) for cycle in range(1, self.cycles + 1)]
+        return [math.ceil(self.start(cycle)) for cycle in range(1, self.cycles + 1)]
 
     @property
     def steps(self) -> int:

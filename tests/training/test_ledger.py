@@ -76,6 +76,16 @@ def test_a_resumed_run_overwrites_what_it_replays(folder):
     assert table["weight"].to_pylist() == [4.25, 4.375, 4.5, 5.25, 5.375, 5.5]
 
 
+def test_a_run_that_resumes_on_fewer_workers_forgets_what_it_replays(folder):
+    for rank in range(2):
+        for first in (2, 4):
+            part = Ledger(folder, rank)
+            part.add(first, *step_rows(first))
+            part.flush()
+    ledger.forget(folder, 4)
+    assert sorted(set(ledger.read(folder)["step"].to_pylist())) == [2]
+
+
 def test_an_empty_folder_says_so(folder):
     with pytest.raises(FileNotFoundError, match="holds no ledger"):
         ledger.read(folder)

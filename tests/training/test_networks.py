@@ -99,7 +99,7 @@ def test_group_variant_keeps_no_batch_statistics(name):
         ("wrn-4-1", "depth must be 10, 16"),
         ("wrn-10-0", "width at least 1"),
         ("wrn-10-1:batch", "can only be 'group'"),
-        ("resnet18:group", "unknown network"),
+        ("resnet18:group", "goes with wrn-DEPTH-WIDTH and resnet29 only"),
     ],
 )
 def test_unknown_names_are_errors_that_help(name, hint):
