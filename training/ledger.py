@@ -57,7 +57,7 @@ class Ledger:
 
 
 def forget(folder: str, step: int) -> None:
-    """Remove the files of steps from `step` on: a run that resumes there, on any number of workers, writes them again."""
+    """Remove the files of steps from `step` on: a run that resumes there, on any number of workers, repeats them."""
     filesystem, path = fsspec.core.url_to_fs(f"{folder}/{FOLDER}")
     for part in filesystem.glob(f"{path}/steps-*.parquet"):
         if int(part.rsplit("/", 1)[-1].split("-")[1]) >= step:

@@ -5,7 +5,6 @@ Shapes: B noisy examples, M probe examples, K classes, n groups of R mixup rows,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,8 +68,8 @@ class Ieg(Objective):
     relabel: bool = True
     """λ: choose between label and pseudo label (Table 9); off: every label is believed and L_λ* is left out."""
     paced: bool = False
-    """Believe a pseudo label in mixup as far as it carries information, the given label for the rest, and move p from 1
-    and k from 0 to their full values with the mean of that (the `winnow` preset)."""
+    """Judge answers relative to the average answer, believe a pseudo label as far as it is sure and the given label for
+    the rest, and move p from 1 and k from 0 to their full values with the mean of that (the `winnow` preset)."""
     mixup: Literal["on", "unmixed", "off"] = "on"
     """L_β on mixed pairs, on the same rows without mixing (M-9, M-10), or left out (M-6)."""
 
@@ -97,9 +96,16 @@ class Ieg(Objective):
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
         strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
         given_BK = torch.eye(batch.classes, dtype=weak_BK.dtype, device=weak_BK.device)[batch.label_B]
-        pseudo_BK = self._pseudo_labels(weak_BK.detach(), strong_BK.detach(), workers)
-        credence_B = self._credence(pseudo_BK, workers)
-        pace = workers.mean([credence_B.mean()])[0] if self.paced else 1.0
+        guess_BK = self._guesses(weak_BK.detach(), strong_BK.detach(), workers)
+        pseudo_BK = sharpen(guess_BK, self.temperature)
+        confidence_B, pseudo_label_B = pseudo_BK.max(1)
+        if self.paced:
+            # 0 where a guess says no more than the average one, 1 where it is certain.
+            credence_B = (guess_BK.amax(1) - 1 / batch.classes) / (1 - 1 / batch.classes)
+            pseudo_BK = credence_B[:, None] * pseudo_BK + (1 - credence_B[:, None]) * given_BK
+            pace = workers.mean([credence_B.mean()])[0]
+        else:
+            pace = weak_BK.new_ones(())
 
         trust0 = self.lambda0 if self.relabel else 1.0
         weight_B, trust_B = self._coefficients(model, batch, moment, workers, weak_BK, given_BK, pseudo_BK, trust0)
@@ -114,8 +120,7 @@ class Ieg(Objective):
         if self.mixup != "off":
             # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
             keeps_B = weight_B >= self.threshold * len(weight_B) * workers.size
-            believed_B1 = torch.where(keeps_B & (self.threshold < 1), 0.0, credence_B)[:, None]
-            label_BK = believed_B1 * pseudo_BK + (1 - believed_B1) * given_BK
+            label_BK = torch.where(keeps_B[:, None], given_BK, pseudo_BK) if self.threshold < 1 else pseudo_BK
             parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
         if self.kl > 0:
@@ -123,7 +128,6 @@ class Ieg(Objective):
             parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
             total = total + self.kl * pace * parts["consistency"]
 
-        confidence_B, pseudo_label_B = pseudo_BK.max(1)
         loss_B = F.cross_entropy(weak_BK.detach(), batch.label_B, reduction="none")
         return Outcome(
             total,
@@ -132,22 +136,18 @@ class Ieg(Objective):
             weak_BK.detach().softmax(1),
         )
 
-    def _pseudo_labels(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
-        """g: the sharpened mean answer to both views (step 3, eq. 3)."""
-        views = logit_norm([weak_BK, strong_BK], workers) if self.logit_norm else [weak_BK, strong_BK]
-        return sharpen((views[0].softmax(1) + views[1].softmax(1)) / 2, self.temperature)
+    def _guesses(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
+        """The mean answer to both views, before sharpening (step 3, eq. 3).
 
-    def _credence(self, pseudo_BK: Tensor, workers: Workers) -> Tensor:
-        """How far each pseudo label is believed, 0 to 1, B: wholly, or by the information it carries (`paced`).
-
-        The information of g_i is KL(g_i ‖ mean g) / log K; its mean is the mutual information of image and answer. An
-        answer that all images get carries none, however confident it is, so it cannot feed on itself.
+        Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make
+        a pseudo label, however confident it is, and no class can crowd out the others.
         """
-        if not self.paced:
-            return torch.ones_like(pseudo_BK[:, 0])
-        mean_K = workers.mean([pseudo_BK.mean(0)])[0]
-        information_B = torch.special.xlogy(pseudo_BK, pseudo_BK / mean_K.clamp_min(1e-12)).sum(1)
-        return (information_B / math.log(pseudo_BK.shape[1])).clamp(0, 1)
+        views = logit_norm([weak_BK, strong_BK], workers) if self.logit_norm else [weak_BK, strong_BK]
+        guess_BK = (views[0].softmax(1) + views[1].softmax(1)) / 2
+        if self.paced:
+            guess_BK = guess_BK / workers.mean([guess_BK.mean(0)])[0]
+            guess_BK = guess_BK / guess_BK.sum(1, keepdim=True)
+        return guess_BK
 
     def _coefficients(
         self,
