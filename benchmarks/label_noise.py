@@ -2,7 +2,8 @@
 
     python -m benchmarks.label_noise --data ../shared/data --out benchmarks/results/label_noise.json
 
-About 40 minutes on 2 cores for 12 runs of 20 epochs, each through the whole stack (Ray Data, one CPU actor, Ray Train, one worker).
+About 40 minutes on 2 cores for 12 runs of 20 epochs, each through the whole stack (Ray Data, one CPU actor, Ray Train,
+one worker).
 `--data` holds cifar10_train.parquet, cifar10_test.parquet and cifar10_labels.npz.
 """
 

@@ -81,8 +81,8 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     console = console or Console()
     folder = _run_folder(recipe)
     tracking.require(recipe.tracker)
+    _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
-    _check_network(recipe, dataset)
     start = _resume_step(folder, recipe)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False)
@@ -213,10 +213,10 @@ def _checkpoint(folder: str) -> dict[str, Any]:
         ) from error
 
 
-def _check_network(recipe: Recipe, dataset: Dataset) -> None:
-    """Build the network without memory, to refuse an unknown name before any worker starts."""
+def _check_network(recipe: Recipe) -> None:
+    """Build the network for any channels and classes, without memory, to refuse an unknown name early."""
     try:
         with torch.device("meta"):
-            networks.build(recipe.network, dataset.train.image_NHWC.shape[-1], len(dataset.class_names), recipe.seed)
+            networks.build(recipe.network, channels=3, classes=10, seed=recipe.seed)
     except ValueError as error:
         raise InputError(str(error)) from error

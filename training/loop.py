@@ -83,7 +83,7 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
         outcome = update(state, recipe.objective, batch, lr=lr, progress=progress, workers=workers)
         known = {column: np.concatenate([group[column] for group in held]) for column in ("id", "epoch", "label")}
         ledger.add(step, known, outcome.coefficients)
-        monitor.add(step, outcome)
+        monitor.add(step, outcome, batch.label_B)
 
         evaluate = state.step in evaluations
         if state.step % CHECK_EVERY == 0 or evaluate:

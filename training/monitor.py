@@ -5,17 +5,13 @@ Shapes: B examples, K classes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from training.objectives.interface import Outcome
 
 WINDOW = 100  # steps; a run is judged once it has had that many
-COLLAPSED = (
-    0.03  # share of log K; healthy short runs measured 0.06 and more, collapsed ones 0.01 and less (docs/log.md)
-)
+COLLAPSED = 0.2  # of the labels' entropy; measured: collapsed runs 0.03–0.12, healthy ones 0.37 and more (docs/log.md)
 
 
 class NotFiniteError(RuntimeError):
@@ -28,15 +24,19 @@ class Monitor:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.unchecked: list[tuple[int, Tensor, dict[str, Tensor]]] = []
-        self.recent: list[tuple[Tensor, Tensor]] = []  # (mean prediction K, mean entropy) of a step
+        self.recent: list[tuple[Tensor, Tensor]] = []  # (entropy of the answers, entropy of the labels) of a step
         self.warned = False
 
-    def add(self, step: int, outcome: Outcome) -> None:
-        """Note one step."""
-        prediction_BK = outcome.prediction_BK
-        entropy = torch.special.entr(prediction_BK).sum(1).mean()
-        self.recent = [*self.recent[1 - WINDOW :], (prediction_BK.mean(0), entropy)]
+    def add(self, step: int, outcome: Outcome, label_B: Tensor) -> None:
+        """Note one step, whose examples were labelled `label_B`."""
+        answers, labels = (self._entropy(classes_B) for classes_B in (outcome.prediction_BK.argmax(1), label_B))
+        self.recent = [*self.recent[1 - WINDOW :], (answers, labels)]
         self.unchecked.append((step, outcome.total.detach(), outcome.parts))
+
+    def _entropy(self, class_B: Tensor) -> Tensor:
+        count_K = torch.zeros(self.classes, device=class_B.device)
+        count_K.scatter_add_(0, class_B, torch.ones_like(class_B, dtype=count_K.dtype))
+        return torch.special.entr(count_K / len(class_B)).sum()
 
     def check_finite(self, last_good: str) -> None:
         """Raise NotFiniteError for the first step since the last check whose loss is no number; one host sync."""
@@ -50,22 +50,21 @@ class Monitor:
             "Lower schedule.lr, or the loss weights, and run again"
         )
 
-    def information(self) -> float:
-        """How much the predictions of the last steps tell images apart, as a share of log K.
+    def diversity(self) -> float:
+        """Mean entropy of the last steps' answers over that of their labels: 0 where a step's images get one answer.
 
-        Entropy of the mean prediction minus mean entropy of the predictions: 0 for any constant answer, confident or
-        not; 1 for confident and balanced answers.
+        Answers are the most likely classes: calibrated predictions are rightly flat where most labels are wrong, so the
+        predictions' own entropy cannot tell a network that learns slowly from one that has collapsed.
         """
-        mean_K = torch.stack([mean for mean, _ in self.recent]).mean(0)
-        mean_entropy = torch.stack([entropy for _, entropy in self.recent]).mean()
-        return float(torch.special.entr(mean_K).sum() - mean_entropy) / math.log(self.classes)
+        answers, labels = (torch.stack(entropies).mean() for entropies in zip(*self.recent, strict=True))
+        return float(answers / labels.clamp_min(1e-6))
 
     def collapse_warning(self) -> str | None:
         """One line, once, where the network gives (nearly) one answer to every image."""
-        if self.warned or len(self.recent) < WINDOW or self.information() >= COLLAPSED:
+        if self.warned or len(self.recent) < WINDOW or (diversity := self.diversity()) >= COLLAPSED:
             return None
         self.warned = True
         return (
-            f"the network gives nearly the same answer to every image (information {self.information():.3f} of 1 over "
-            f"the last {WINDOW} steps): use --method winnow, or lower objective.p and objective.kl"
+            f"the network gives nearly one answer to all images (diversity {diversity:.2f} of 1 over the last {WINDOW} "
+            "steps): use --method winnow, or lower objective.p and objective.kl"
         )
