@@ -25,6 +25,7 @@ from pipeline.plan import Plan
 from pipeline.stream import preserved_order, stream
 from training import networks, tracking
 from training.loop import Job, train
+from training.monitor import NotFiniteError
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
 
@@ -57,7 +58,7 @@ def guarded(work: Callable[[], Any]) -> None:
     """Do `work`; what the user can mend ends the program with one line instead of a traceback."""
     try:
         work()
-    except (InputError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (InputError, NotFiniteError, FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(_one_line(error))
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None)
