@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -44,8 +45,13 @@ def rows(count: int, seed: int, start: int, stop: int) -> tuple[np.ndarray, np.n
     row = np.empty_like(position)
     for e in np.unique(epoch):
         here = epoch == e
-        row[here] = generator(seed, Purpose.ORDER, int(e)).permutation(count)[position[here] % count]
+        row[here] = _order(count, seed, int(e))[position[here] % count]
     return epoch, row
+
+
+@lru_cache(maxsize=2)  # a stream asks for the same epoch group after group
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, Purpose.ORDER, epoch).permutation(count)
 
 
 def probe_rows(label_N: np.ndarray, size: int, seed: int, group: int) -> np.ndarray:
