@@ -54,13 +54,13 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, Purpose.ORDER, epoch).permutation(count)
 
 
-def probe_rows(label_N: np.ndarray, size: int, seed: int, group: int) -> np.ndarray:
-    """Class-balanced rows of the probe set for one group, int64.
+def probe_rows(label_N: np.ndarray, size: int, seed: int, step: int) -> np.ndarray:
+    """Class-balanced rows of the probe set for one step's whole batch, int64; its groups take equal shares in order.
 
     Classes take turns from a random start; within a class, rows are drawn without replacement until all were seen.
     A probe set smaller than `size` repeats inside the batch (METHOD: data rules).
     """
-    rng = generator(seed, Purpose.PROBE, group)
+    rng = generator(seed, Purpose.PROBE, step)
     classes = np.unique(label_N)
     turn = rng.permutation(classes)[np.arange(size) % len(classes)]
     chosen = np.empty(size, np.int64)

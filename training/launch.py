@@ -16,6 +16,7 @@ import fsspec
 import ray
 import ray.train
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from rich.console import Console
@@ -50,8 +51,16 @@ class Result:
 
 
 def main(recipe: Callable[[str], Recipe]) -> None:
-    """The whole of a training script: parse, run, print the result; mistakes end it with one line and status 2."""
-    guarded(lambda: run(parse(recipe)))
+    """The whole of a training script: parse, run, print the result; mistakes end it with one line."""
+
+    def work() -> None:
+        result, console = run(parse(recipe)), Console()
+        last = result.history[-1]
+        console.print(
+            f"top-1 {100 * last['top1']:.2f} %, top-5 {100 * last['top5']:.2f} %: {result.folder}", highlight=False
+        )
+
+    guarded(work)
 
 
 def guarded(work: Callable[[], Any]) -> None:
@@ -61,9 +70,9 @@ def guarded(work: Callable[[], Any]) -> None:
     except (InputError, NotFiniteError, FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(_one_line(error))
     except ray.train.TrainingFailedError as error:
-        causes = getattr(error, "worker_failures", None)
-        cause = next(iter(causes.values())) if causes else error
-        sys.exit(_one_line(cause))
+        causes = [error, *getattr(error, "worker_failures", {}).values()]
+        known = [cause for cause in causes if "NotFiniteError" in str(cause) or isinstance(cause, ValueError)]
+        sys.exit(_one_line((known or causes)[-1]))
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on from the last checkpoint")
 
@@ -106,15 +115,16 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     train_ref, probe_ref, test_ref = (ray.put(part) for part in (dataset.train, dataset.probe, dataset.test))
     queue = Queue(actor_options={"num_cpus": 0})
     job = Job(recipe, plan, [probe_ref], [test_ref], dataset.class_names, folder, queue)
-    gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(recipe.workers, 1))
+    use_gpu = _use_gpu(recipe, console)
+    filesystem, path = _ray_storage(folder)
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=recipe.name,
-            storage_path=os.path.dirname(folder),
+            storage_path=os.path.dirname(path),
+            storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         datasets={"train": lambda: stream(train_ref, recipe.dataset.views, plan, recipe.actors)},
@@ -148,8 +158,13 @@ def _connect(recipe: Recipe) -> None:
     """Join the cluster of RAY_ADDRESS (set inside a Ray job), or start Ray in this machine for this run."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address)
+        except ConnectionError as error:
+            raise InputError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS"
+            ) from error
         return
     # A report waits for the controller's next look; on one machine frequent looks cost nothing.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -163,6 +178,19 @@ def _connect(recipe: Recipe) -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+def _use_gpu(recipe: Recipe, console: Console) -> bool:
+    """Whether workers get a GPU each; says so. Raises InputError where this machine alone lacks the GPUs asked for."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(recipe.workers, 1))
+    if recipe.device == "gpu" and gpus < recipe.workers and "RAY_ADDRESS" not in os.environ:
+        raise InputError(
+            f"{recipe.workers} workers want a GPU each and this machine has {gpus}: set --device or --workers"
+        )
+    place = f"{recipe.workers} workers" if recipe.workers else "this process"
+    console.print(f"{recipe.name}: training in {place} on {'GPU' if use_gpu else 'CPU'}", highlight=False)
+    return use_gpu
 
 
 def _run_folder(recipe: Recipe) -> str:
@@ -179,20 +207,31 @@ def _run_folder(recipe: Recipe) -> str:
     return folder
 
 
-def _resume_step(folder: str, recipe: Recipe) -> int:
-    """Steps that an earlier run of this recipe has done; notes the recipe in the folder where there was none.
+def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
+    """The run's folder as Ray Train wants it: URLs through fsspec, like everything else that is written there."""
+    if "://" not in folder:
+        return None, folder
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    return PyFileSystem(FSSpecHandler(filesystem)), path
 
-    Raises InputError where the folder belongs to another recipe, or where its checkpoint cannot be read.
+
+def _resume_step(folder: str, recipe: Recipe) -> int:
+    """Steps that an earlier run of this recipe has done; from the first on, the folder belongs to that recipe.
+
+    Raises InputError where it belongs to another one, or where its checkpoint cannot be read.
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    if not filesystem.exists(f"{path}/recipe.json"):
-        filesystem.pipe_file(f"{path}/recipe.json", json.dumps(wanted, indent=2).encode())
-    made_with = json.loads(filesystem.cat_file(f"{path}/recipe.json"))
-    different = [name for name in wanted if json.loads(json.dumps(wanted[name])) != made_with.get(name)]
+    wanted = json.loads(json.dumps(wanted))
+    filesystem, path = fsspec.core.url_to_fs(f"{folder}/recipe.json")
+    start = int(_checkpoint(folder)["step"])
+    if not start:
+        filesystem.pipe_file(path, json.dumps(wanted, indent=2).encode())
+        return 0
+    made_with = json.loads(filesystem.cat_file(path))
+    different = [name for name in wanted if wanted[name] != made_with.get(name)]
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
-    return int(_checkpoint(folder)["step"])
+    return start
 
 
 def _checkpoint(folder: str) -> dict[str, Any]:
@@ -201,16 +240,17 @@ def _checkpoint(folder: str) -> dict[str, Any]:
     snapshot = f"{path}/checkpoint_manager_snapshot.json"
     if not filesystem.exists(snapshot):
         return {"step": 0}
-    latest = json.loads(filesystem.cat_file(snapshot))["latest_checkpoint_result"]
-    if latest is None:
-        return {"step": 0}
-    name = latest["checkpoint_dir_name"]
+    name = "snapshot"
     try:
+        latest = json.loads(filesystem.cat_file(snapshot))["latest_checkpoint_result"]
+        if latest is None:
+            return {"step": 0}
+        name = latest["checkpoint_dir_name"]
         with filesystem.open(f"{path}/{name}/state.pt", "rb") as file:
             return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch and json raise many kinds for a damaged file
         raise InputError(
-            f"checkpoint {folder}/{name} cannot be read ({type(error).__name__}): remove it or choose another --name"
+            f"checkpoint {folder}/{name} cannot be read ({type(error).__name__}): remove {folder}, or choose --name"
         ) from error
 
 

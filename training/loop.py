@@ -27,11 +27,11 @@ from pipeline.dataset import Examples
 from pipeline.plan import Plan, Purpose
 from training import networks
 from training.ledger import Ledger, forget
-from training.monitor import Monitor
+from training.monitor import Monitor, NotFiniteError
 from training.objectives.interface import Alone, Batch, Outcome, Workers
 from training.recipe import Recipe, as_json
 from training.state import TrainState, kernels
-from training.step import Processes, normalised, update
+from training.step import Processes, average_statistics, normalised, update
 from training.tracking import Tracker
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
@@ -77,7 +77,8 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
         if step < state.step:  # the worker group restarted from a checkpoint later than the plan's start
             continue
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
-        assert [int(group["group"][0]) for group in held] == expected, "the stream is out of plan order"
+        if (received := [int(group["group"][0]) for group in held]) != expected:
+            raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
         batch = assemble(held, probe, recipe, len(job.class_names), device)
         lr, progress = recipe.schedule.learning_rate(step), step / recipe.schedule.steps
         outcome = update(state, recipe.objective, batch, lr=lr, progress=progress, workers=workers)
@@ -94,16 +95,21 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
             job.progress.put_nowait({**row, "warning": monitor.collapse_warning()})
             told_at, told_step = now, state.step
         if evaluate:
+            average_statistics(state, workers)
+            if not state.finite():
+                raise NotFiniteError(f"parameters are no numbers after step {step}; last good checkpoint: {last_good}")
             top1, top5 = accuracy(state, test, rank, workers, device)
             ledger.flush()
             if tracker:
                 history.append({**row, "top1": top1, "top5": top5})
                 tracker.log(history[-1])
+                job.progress.put_nowait(history[-1])
+                if state.step == recipe.schedule.steps:
+                    export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
             save(state, history, rank, top1)
             last_good = f"step {state.step}"
     if tracker:
         tracker.close()
-        export(state, job)
     return history
 
 
@@ -137,7 +143,9 @@ def assemble(
 ) -> Batch:
     """A worker's groups of one step, with each group's own share of trusted images, on the device."""
     numbers = [int(group["group"][0]) for group in held]
-    rows_M = [draws.probe_rows(probe.label_N, recipe.probe_batch // recipe.groups, recipe.seed, g) for g in numbers]
+    step = numbers[0] // recipe.groups
+    shares = draws.probe_rows(probe.label_N, recipe.probe_batch, recipe.seed, step).reshape(recipe.groups, -1)
+    rows_M = [shares[number % recipe.groups] for number in numbers]
     views = recipe.dataset.views
     seen: list[np.ndarray] = []
     for group, rows in zip(numbers, rows_M, strict=True):

@@ -47,7 +47,7 @@ class Monitor:
         terms = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
         raise NotFiniteError(
             f"the loss is {float(total)} at step {step} ({terms}); last good checkpoint: {last_good}. "
-            "Lower schedule.lr, or the loss weights, and run again"
+            "Lower schedule.lr or the loss weights, with a new --name"
         )
 
     def diversity(self) -> float:

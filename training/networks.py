@@ -144,7 +144,7 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     if suffix not in ("", "group"):
         raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
     norm: Norm = group_norm if suffix else nn.BatchNorm2d
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # initialised on the CPU; a bare fork would open every GPU
         torch.manual_seed(seed)
         if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
             return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)

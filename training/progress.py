@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from training.recipe import Recipe
 
 LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
-NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warning"}
+NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warning", "top1", "top5"}
 
 
 class Progress:
@@ -48,7 +48,7 @@ class Progress:
         now = time.monotonic()
         if not self.first:
             self.first, self.started = step, now
-        if not self.console.is_terminal and (now - self.printed > LOG_EVERY or step == self.steps):
+        if not self.console.is_terminal and (now - self.printed > LOG_EVERY or "top1" in message):
             self.printed = now
             left = (now - self.started) / max(step - self.first, 1) * (self.steps - step)
             remaining = f"{left // 60:.0f}:{left % 60:02.0f} left" if step > self.first else ""
@@ -63,4 +63,5 @@ def describe(message: Mapping[str, Any]) -> str:
     return (
         f"cycle {message['cycle']} lr {message['lr']:.4f} loss {message['loss']:.2f} ({parts}) "
         f"{message['images_per_second']:.0f} img/s"
+        + (f" · top-1 {100 * message['top1']:.1f} % top-5 {100 * message['top5']:.1f} %" if "top1" in message else "")
     )

@@ -81,7 +81,7 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("workers", "evaluate_every", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: it must be below 2^32")

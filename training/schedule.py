@@ -25,13 +25,13 @@ class Schedule:
     """Each cycle's starting learning rate relative to the one before (paper: 0.9)."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.m_mul <= 0:
+        if not (0 < self.lr < math.inf and 0 < self.m_mul < math.inf):
             raise ValueError(f"schedule.lr is {self.lr} and m_mul {self.m_mul}: both must be above 0")
         if self.first_cycle < 1 or self.cycles < 1:
             raise ValueError(
                 f"schedule.first_cycle is {self.first_cycle} and cycles {self.cycles}: both must be 1 or more"
             )
-        if self.t_mul < 1:
+        if not self.t_mul >= 1:
             raise ValueError(f"schedule.t_mul is {self.t_mul}: it must be 1 or more")
 
     def start(self, cycle: int) -> float:

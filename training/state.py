@@ -53,6 +53,10 @@ class TrainState:
             torch._foreach_lerp_(list(self.averaged.values()), live, 1 - decay)
         self.step += 1
 
+    def finite(self) -> bool:
+        """Whether every parameter is a number; a host sync."""
+        return all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
+
     def predict(self, image_BCHW: Tensor) -> Tensor:
         """Logits, B×K, of the averaged parameters (where kept) with the live batch-norm statistics, in eval mode."""
         self.model.eval()

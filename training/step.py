@@ -48,6 +48,14 @@ def normalised(image_NHWC: Tensor) -> Tensor:
     return image_NHWC.permute(0, 3, 1, 2).to(torch.get_default_dtype()).div_(127.5).sub_(1)
 
 
+def average_statistics(state: TrainState, workers: Workers) -> None:
+    """Make every worker's batch-norm running statistics their mean, so that all evaluate and export one model."""
+    running = [buffer for buffer in state.model.buffers() if buffer.is_floating_point()]
+    if running and workers.size > 1:
+        for buffer, mean in zip(running, workers.mean(running), strict=True):
+            buffer.copy_(mean)
+
+
 def update(
     state: TrainState, objective: Objective, batch: Batch, *, lr: float, progress: float, workers: Workers
 ) -> Outcome:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
+from pipeline.dataset import InputError
 from training.recipe import Recipe, as_json
 
 
@@ -61,8 +63,10 @@ class Tracker:
 
 
 def require(kind: str) -> None:
-    """Raise ModuleNotFoundError where the tracker's package is missing."""
+    """Raise ModuleNotFoundError where the tracker's package is missing, InputError where it has nowhere to write."""
     import importlib.util
 
+    if kind == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise InputError("--tracker mlflow needs a server: set MLFLOW_TRACKING_URI to its address")
     if kind != "tensorboard" and importlib.util.find_spec(kind) is None:
         raise ModuleNotFoundError(f"--tracker {kind} needs a package that is not here: pip install 'winnow[trackers]'")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from training import launch, ledger, networks, report
 from training.monitor import NotFiniteError
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
+from training.step import normalised
 
 
 def recipe(tmp_path, **changes) -> Recipe:
@@ -41,7 +43,7 @@ def recipe(tmp_path, **changes) -> Recipe:
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
-    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+    with safe_open(f"{str(folder).removeprefix('file://')}/model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -55,8 +57,9 @@ def in_process(local_ray, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_workers(local_ray, tmp_path_factory):
-    """The same run on two workers."""
-    return launch.run(recipe(tmp_path_factory.mktemp("two"), workers=2), Console(file=io.StringIO()))
+    """The same run on two workers, its storage given as a URL."""
+    storage = f"file://{tmp_path_factory.mktemp('two')}"
+    return launch.run(recipe(storage, workers=2), Console(file=io.StringIO()))
 
 
 def test_history_has_every_evaluation(in_process):
@@ -124,7 +127,7 @@ def test_resume_goes_on_from_the_checkpoint(two_workers, local_ray, tmp_path):
     """Cut a finished run back to its checkpoint before last: the rest is trained again, to the same end."""
     import shutil
 
-    folder = shutil.copytree(two_workers.folder, tmp_path / "run")
+    folder = shutil.copytree(two_workers.folder.removeprefix("file://"), tmp_path / "run")
     snapshot = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())
     snapshot["checkpoint_results"] = snapshot["checkpoint_results"][:1]
     snapshot["latest_checkpoint_result"] = snapshot["checkpoint_results"][0]
@@ -150,10 +153,39 @@ def test_report_is_drawn(in_process, tmp_path):
     assert all(((curves[name] >= 0) & (curves[name] <= 1)).all() for name in ("trust_right", "trust_wrong"))
 
 
+def wild(storage, **changes) -> Recipe:
+    schedule = Schedule(lr=1e30, first_cycle=40, cycles=1)
+    return recipe(storage, objective=METHODS["supervised"](), schedule=schedule, evaluate_every=0, **changes)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(local_ray, tmp_path):
-    wild = recipe(tmp_path, objective=METHODS["supervised"](), schedule=Schedule(lr=1e30, first_cycle=40, cycles=1))
     with pytest.raises(NotFiniteError, match=r"the loss is (nan|inf) at step \d+ \(label .*last good checkpoint: none"):
-        launch.run(wild, Console(file=io.StringIO()))
+        launch.run(wild(tmp_path), Console(file=io.StringIO()))
+
+
+def test_no_checkpoint_is_made_of_parameters_that_are_no_numbers(local_ray, tmp_path):
+    with pytest.raises(NotFiniteError, match=r"no numbers after step 1; last good checkpoint: none"):
+        wilder = Schedule(lr=1e39, first_cycle=40, cycles=1)
+        launch.run(replace(wild(tmp_path), evaluate_every=1, schedule=wilder), Console(file=io.StringIO()))
+
+
+def test_the_script_of_two_workers_names_the_loss_in_one_line(local_ray, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        launch.guarded(lambda: launch.run(wild(tmp_path, workers=2), Console(file=io.StringIO())))
+    assert re.match(r"error: the loss is (nan|inf) at step \d+ ", stopped.value.code)
+    assert "\n" not in stopped.value.code
+
+
+def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
+    """With batch norm, whose statistics differ between workers until they are averaged."""
+    short = Schedule(lr=0.05, first_cycle=4, cycles=1)
+    result = launch.run(recipe(tmp_path, network="wrn-10-1", workers=2, schedule=short), Console(file=io.StringIO()))
+    model = networks.build("wrn-10-1", 1, 10, seed=1).eval()
+    model.load_state_dict(weights(result.folder))
+    test = result.dataset.test
+    with torch.no_grad():
+        answer_N = model(normalised(torch.from_numpy(test.image_NHWC))).argmax(1).numpy()
+    assert result.top1 == pytest.approx((answer_N == test.label_N).mean(), abs=1.5 / len(test))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +214,9 @@ def test_unreadable_checkpoint_is_named(tmp_path, monkeypatch):
         json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "step_00000005"}})
     )
     with pytest.raises(InputError, match="step_00000005 cannot be read"):
+        launch.run(recipe(tmp_path), Console(file=io.StringIO()))
+    (folder / "checkpoint_manager_snapshot.json").write_text("{")
+    with pytest.raises(InputError, match="run/snapshot cannot be read"):
         launch.run(recipe(tmp_path), Console(file=io.StringIO()))
 
 

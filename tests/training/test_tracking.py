@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.dataset import InputError
 from training import tracking
 from training.digits import recipe
 
@@ -47,5 +48,9 @@ def test_wandb_run(tmp_path, monkeypatch):
 def test_missing_package_is_named_with_the_mend(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     tracking.require("tensorboard")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match="set MLFLOW_TRACKING_URI"):
+        tracking.require("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     with pytest.raises(ModuleNotFoundError, match=r"--tracker mlflow .* pip install 'winnow\[trackers\]'"):
         tracking.require("mlflow")

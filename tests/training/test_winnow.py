@@ -25,6 +25,12 @@ def test_sure_and_balanced_answers_stay():
     torch.testing.assert_close(guesses(60 * torch.eye(K).repeat(4, 1)), torch.eye(K).repeat(4, 1))
 
 
+def test_a_class_that_no_image_can_be_leaves_no_nan():
+    logits_BK = torch.eye(K).repeat(4, 1)
+    logits_BK[:, 7] = -1e4
+    assert torch.isfinite(guesses(logits_BK)).all()
+
+
 def test_what_is_said_of_every_image_is_divided_out():
     """Adding the same logits to every image's hardly changes what they say of one another."""
     logits_BK = torch.randn(200, K, generator=torch.Generator().manual_seed(0)).double()

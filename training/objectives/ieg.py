@@ -75,13 +75,13 @@ class Ieg(Objective):
 
     def __post_init__(self) -> None:
         for name in ("p", "kl", "threshold", "label_weight"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"objective.{name} is {getattr(self, name)}: it must be 0 or more")
         if not 0 <= self.lambda0 <= 1:
             raise ValueError(f"objective.lambda0 is {self.lambda0}: it must be between 0 and 1")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"objective.temperature is {self.temperature}: it must be above 0")
-        if self.lookahead_lr is not None and self.lookahead_lr <= 0:
+        if self.lookahead_lr is not None and not self.lookahead_lr > 0:
             raise ValueError(f"objective.lookahead_lr is {self.lookahead_lr}: it must be above 0, or None")
         if self.lookahead == "l2r" and self.relabel:
             raise ValueError(
@@ -139,13 +139,14 @@ class Ieg(Objective):
     def _guesses(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
         """The mean answer to both views, before sharpening (step 3, eq. 3).
 
-        Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make
-        a pseudo label, however confident it is, and no class can crowd out the others.
+        Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make a
+        pseudo label, however confident it is, and no class can crowd out the others. A batch much smaller than K sees too
+        few classes for that and makes all guesses modest (docs/log.md).
         """
         views = logit_norm([weak_BK, strong_BK], workers) if self.logit_norm else [weak_BK, strong_BK]
         guess_BK = (views[0].softmax(1) + views[1].softmax(1)) / 2
         if self.paced:
-            guess_BK = guess_BK / workers.mean([guess_BK.mean(0)])[0]
+            guess_BK = guess_BK / workers.mean([guess_BK.mean(0)])[0].clamp_min(1e-12)
             guess_BK = guess_BK / guess_BK.sum(1, keepdim=True)
         return guess_BK
 

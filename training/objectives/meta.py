@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
@@ -126,7 +127,7 @@ def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
     detached = {name: value.detach() for name, value in theta.items()}
-    with torch.no_grad():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # flash attention has no forward mode
         return jvp(lambda values: _weak_logits(problem, values), (detached,), (direction,))[1]
 
 
