@@ -70,9 +70,12 @@ def guarded(work: Callable[[], Any]) -> None:
     except (InputError, NotFiniteError, FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(_one_line(error))
     except ray.train.TrainingFailedError as error:
-        causes = [error, *getattr(error, "worker_failures", {}).values()]
-        known = [cause for cause in causes if "NotFiniteError" in str(cause) or isinstance(cause, ValueError)]
-        sys.exit(_one_line((known or causes)[-1]))
+        # Ray wraps what a worker raised, and has no public way back to it.
+        failures = [
+            getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()
+        ]
+        known = [failure for failure in failures if isinstance(failure, (NotFiniteError, ValueError))]
+        sys.exit(_one_line(known[0] if known else error))
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on from the last checkpoint")
 

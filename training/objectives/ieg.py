@@ -139,9 +139,9 @@ class Ieg(Objective):
     def _guesses(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
         """The mean answer to both views, before sharpening (step 3, eq. 3).
 
-        Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make a
-        pseudo label, however confident it is, and no class can crowd out the others. A batch much smaller than K sees too
-        few classes for that and makes all guesses modest (docs/log.md).
+        Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make
+        a pseudo label, however confident it is, and no class can crowd out the others. A batch much smaller than K sees
+        too few classes for that and makes all guesses modest (docs/log.md).
         """
         views = logit_norm([weak_BK, strong_BK], workers) if self.logit_norm else [weak_BK, strong_BK]
         guess_BK = (views[0].softmax(1) + views[1].softmax(1)) / 2
