@@ -56,7 +56,11 @@ def main() -> None:
     }
     with fsspec.open(f"{method.folder}/summary.json", "w") as file:
         json.dump(summary, file, indent=2)
-    console.print(f"{method.folder}/report.png and summary.json written in {summary['seconds']:.0f} s", highlight=False)
+    console.print(
+        f"{method.folder}/report.png and summary.json written in {summary['seconds']:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

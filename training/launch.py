@@ -98,7 +98,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
     start = _resume_step(folder, recipe)
     for note in dataset.notes:
-        console.print(f"{recipe.name}: {note}", highlight=False)
+        console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if start:
         console.print(
             f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False

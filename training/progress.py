@@ -44,7 +44,7 @@ class Progress:
         step, text = int(message["step"]), describe(message)
         self.bar.update(self.task, completed=step, text=text)
         if message.get("warning"):
-            self.console.print(f"warning: {message['warning']}", style="yellow", highlight=False)
+            self.console.print(f"warning: {message['warning']}", style="yellow", highlight=False, soft_wrap=True)
         now = time.monotonic()
         if not self.first:
             self.first, self.started = step, now

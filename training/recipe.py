@@ -71,7 +71,7 @@ class Recipe:
     evaluate_every: int = 0
     """Steps between test evaluations, for curves; cycle ends are always evaluated; 0: only those."""
     tracker: Literal["tensorboard", "mlflow", "wandb"] = "tensorboard"
-    """Where rank 0 logs: event files in the run's folder, or MLflow or W&B (install winnow[trackers])."""
+    """Where rank 0 logs: event files in the run's folder, or MLflow or W&B (pip install -e ".[trackers]")."""
     seed: int = 0
     """Seed of the data split, the noise, the network and every draw."""
 

@@ -69,4 +69,4 @@ def require(kind: str) -> None:
     if kind == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
         raise InputError("--tracker mlflow needs a server: set MLFLOW_TRACKING_URI to its address")
     if kind != "tensorboard" and importlib.util.find_spec(kind) is None:
-        raise ModuleNotFoundError(f"--tracker {kind} needs a package that is not here: pip install 'winnow[trackers]'")
+        raise ModuleNotFoundError(f"--tracker {kind} needs a package that is not here: pip install -e '.[trackers]'")

@@ -52,5 +52,5 @@ def test_missing_package_is_named_with_the_mend(monkeypatch):
     with pytest.raises(InputError, match="set MLFLOW_TRACKING_URI"):
         tracking.require("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    with pytest.raises(ModuleNotFoundError, match=r"--tracker mlflow .* pip install 'winnow\[trackers\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"--tracker mlflow .* pip install -e '\.\[trackers\]'"):
         tracking.require("mlflow")
