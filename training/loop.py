@@ -108,6 +108,7 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
             save(state, history, rank, top1)
             last_good = f"step {state.step}"
+            told_at = time.monotonic()  # evaluating is no part of the training speed
     if tracker:
         tracker.close()
     return history
