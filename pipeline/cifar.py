@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe
+from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe, keyed_generator
 from pipeline.noise import CIFAR10_CONFUSIONS, Noise, asymmetric, noise_note, open_set, read_label_array, uniform
 from pipeline.views import CifarViews, Policy
 
@@ -74,10 +74,10 @@ class Cifar(Source):
         clean_N = train.label_N
         if clean_N.size and not 0 <= clean_N.min() <= clean_N.max() < self.classes:
             raise InputError(f"{url} has labels {clean_N.min()}…{clean_N.max()}: set classes to what the data has")
-        probe_rows = draw_probe(clean_N, self.classes, self.probe_per_class, _generator(seed, PROBE_DRAW))
+        probe_rows = draw_probe(clean_N, self.classes, self.probe_per_class, keyed_generator(seed, PROBE_DRAW))
         rows = np.setdiff1d(np.arange(len(clean_N)), probe_rows)
         if self.limit:
-            rows = _balanced(rows, clean_N, self.classes, self.limit, _generator(seed, LIMIT_DRAW))
+            rows = _balanced(rows, clean_N, self.classes, self.limit, keyed_generator(seed, LIMIT_DRAW))
         noisy = self._with_noise(Examples(rows, clean_N[rows], train.read(rows), clean_N[rows]), len(clean_N), seed)
         assert noisy.true_label_N is not None
         test_rows = np.arange(len(test.label_N))
@@ -91,7 +91,7 @@ class Cifar(Source):
 
     def _with_noise(self, clean: Examples, total: int, seed: int) -> Examples:
         # `clean` with noise on its labels or images; `total` counts the training rows before probe and limit.
-        rng, label_N = _generator(seed, NOISE_DRAW), clean.label_N
+        rng, label_N = keyed_generator(seed, NOISE_DRAW), clean.label_N
         match self.noise.kind:
             case "none":
                 return clean
@@ -111,10 +111,6 @@ class Cifar(Source):
                 # −1: an image of another data set is truly of no class, so its kept label is a wrong one.
                 return Examples(clean.id_N, label_N, image_NHWC, np.where(replaced_N, -1, label_N))
         return Examples(clean.id_N, label_N, clean.image_NHWC, clean.true_label_N)
-
-
-def _generator(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, purpose]))
 
 
 def _balanced(rows: np.ndarray, label_N: np.ndarray, classes: int, limit: int, rng: np.random.Generator) -> np.ndarray:

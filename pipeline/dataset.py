@@ -95,6 +95,11 @@ class Source(ABC):
         """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
 
 
+def keyed_generator(seed: int, purpose: int) -> np.random.Generator:
+    """The generator of one of a data set's own draws (probe, noise, …): independent of all its others."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose]))
+
+
 def draw_probe(label_N: np.ndarray, classes: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
     """Rows of a class-balanced probe set, `per_class` of each class, sorted (METHOD: data rules).
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from sklearn.datasets import load_digits
 
-from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe
+from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe, keyed_generator
 from pipeline.noise import Noise, noise_note, uniform
 from pipeline.views import DigitsViews
 
@@ -45,11 +45,11 @@ class Digits(Source):
         label_N = digits.target.astype(np.int64)
         everything = Examples(np.arange(len(label_N)), label_N, image_NHWC, label_N)
 
-        order = _generator(0, TEST_DRAW).permutation(len(label_N))
+        order = keyed_generator(0, TEST_DRAW).permutation(len(label_N))
         test, rest = everything.take(np.sort(order[:TEST_SIZE])), everything.take(np.sort(order[TEST_SIZE:]))
-        probe_rows = draw_probe(rest.label_N, 10, self.probe_per_class, _generator(seed, PROBE_DRAW))
+        probe_rows = draw_probe(rest.label_N, 10, self.probe_per_class, keyed_generator(seed, PROBE_DRAW))
         clean = rest.take(np.setdiff1d(np.arange(len(rest)), probe_rows))
-        noisy_N = uniform(clean.label_N, 10, self.noise.rate, _generator(seed, NOISE_DRAW))
+        noisy_N = uniform(clean.label_N, 10, self.noise.rate, keyed_generator(seed, NOISE_DRAW))
         return Dataset(
             train=Examples(clean.id_N, noisy_N, clean.image_NHWC, clean.label_N),
             probe=rest.take(probe_rows),
@@ -57,7 +57,3 @@ class Digits(Source):
             class_names=tuple(str(digit) for digit in digits.target_names),
             notes=(noise_note(self.noise, noisy_N, clean.label_N),),
         ).check()
-
-
-def _generator(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, purpose]))

@@ -96,7 +96,8 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
-    start = _resume_step(folder, recipe)
+    done = _resume_point(folder, recipe)
+    start = int(done["step"])
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if start:
@@ -104,7 +105,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
             f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
         )
     if start == recipe.schedule.steps:
-        return Result(folder, _checkpoint(folder)["history"], dataset)
+        return Result(folder, done["history"], dataset)
     _connect(recipe)
     plan = Plan(
         examples=len(dataset.train),
@@ -218,23 +219,23 @@ def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
-def _resume_step(folder: str, recipe: Recipe) -> int:
-    """Steps that an earlier run of this recipe has done; from the first on, the folder belongs to that recipe.
+def _resume_point(folder: str, recipe: Recipe) -> dict[str, Any]:
+    """The checkpoint of an earlier run of this recipe, or step 0; from the first on, the folder belongs to that recipe.
 
     Raises InputError where it belongs to another one, or where its checkpoint cannot be read.
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
     wanted = json.loads(json.dumps(wanted))
     filesystem, path = fsspec.core.url_to_fs(f"{folder}/recipe.json")
-    start = int(_checkpoint(folder)["step"])
-    if not start:
+    checkpoint = _checkpoint(folder)
+    if not checkpoint["step"]:
         filesystem.pipe_file(path, json.dumps(wanted, indent=2).encode())
-        return 0
+        return checkpoint
     made_with = json.loads(filesystem.cat_file(path))
     different = [name for name in wanted if wanted[name] != made_with.get(name)]
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
-    return start
+    return checkpoint
 
 
 def _checkpoint(folder: str) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
         if (received := [int(group["group"][0]) for group in held]) != expected:
             raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
         batch = assemble(held, probe, recipe, len(job.class_names), device)
-        lr, progress = recipe.schedule.learning_rate(step), step / recipe.schedule.steps
-        outcome = update(state, recipe.objective, batch, lr=lr, progress=progress, workers=workers)
+        lr = recipe.schedule.learning_rate(step)
+        outcome = update(state, recipe.objective, batch, lr=lr, workers=workers)
         known = {column: np.concatenate([group[column] for group in held]) for column in ("id", "epoch", "label")}
         ledger.add(step, known, outcome.coefficients)
         monitor.add(step, outcome, batch.label_B)

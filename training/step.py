@@ -56,11 +56,9 @@ def average_statistics(state: TrainState, workers: Workers) -> None:
             buffer.copy_(mean)
 
 
-def update(
-    state: TrainState, objective: Objective, batch: Batch, *, lr: float, progress: float, workers: Workers
-) -> Outcome:
+def update(state: TrainState, objective: Objective, batch: Batch, *, lr: float, workers: Workers) -> Outcome:
     """One step of SGD on the workers' mean loss; `state` moves on by one step."""
-    moment = Moment(lr, progress, state.momentum, state.weight_decay, state.decayed, state.momentum_buffers())
+    moment = Moment(lr, state.momentum, state.weight_decay, state.decayed, state.momentum_buffers())
     state.optimizer.zero_grad(set_to_none=True)
     outcome = objective(state.model, batch, moment, workers)
     outcome.total.backward()

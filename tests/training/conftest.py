@@ -65,7 +65,6 @@ def build_problem(
     )
     moment = Moment(
         lr=0.05,
-        progress=0.5,
         momentum=0.9,
         weight_decay=0.03,
         decayed=kernels(model),

@@ -69,7 +69,7 @@ def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:
     said, totals = [], []
     for step in range(STEPS):
         batch = batch_of(step, rank, world, dtype)
-        outcome = update(state, objective, batch, lr=0.05, progress=step / STEPS, workers=workers)
+        outcome = update(state, objective, batch, lr=0.05, workers=workers)
         said.append(dict(vars(outcome.coefficients)))
         totals.append(outcome.total.item())
     parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -68,7 +68,7 @@ def test_average_follows_its_closed_form():
 def test_predictions_use_averages_and_live_statistics(problem, average):
     state = new_state(problem.model, average=average)
     for _ in range(3):
-        update(state, Supervised(), problem.batch, lr=0.1, progress=0.0, workers=Alone())
+        update(state, Supervised(), problem.batch, lr=0.1, workers=Alone())
     image_BCHW = problem.batch.probe_MCHW
     separate = copy.deepcopy(problem.model)
     if average:
@@ -100,7 +100,7 @@ def test_a_saved_run_continues_bit_for_bit(problem, method):
     def train(state, steps):
         for step in steps:
             batch = dataclasses.replace(problem.batch, group_keys=(2 * step, 2 * step + 1))
-            update(state, objective, batch, lr=0.05, progress=0.0, workers=Alone())
+            update(state, objective, batch, lr=0.05, workers=Alone())
 
     whole = new_state(problem.fresh().model, average=objective.average_parameters)
     train(whole, range(2))

@@ -57,7 +57,6 @@ class Moment:
     """Where training stands: all that an objective may know of the optimiser and of the schedule."""
 
     lr: float
-    progress: float  # share of the run's steps done, 0 to 1
     momentum: float = 0.9
     weight_decay: float = 0.0
     decayed: frozenset[str] = frozenset()  # names of the parameters that weight decay acts on
