@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe, keyed_generator
+from pipeline.images import Rejected, decode
 from pipeline.noise import CIFAR10_CONFUSIONS, Noise, asymmetric, noise_note, open_set, read_label_array, uniform
 from pipeline.views import CifarViews, Policy
 
@@ -84,7 +85,7 @@ class Cifar(Source):
         return Dataset(
             train=noisy,
             probe=Examples(probe_rows, clean_N[probe_rows], train.read(probe_rows), clean_N[probe_rows]),
-            test=Examples(TEST_ID_START + test_rows, test.label_N, test.read(test_rows), test.label_N),
+            tests={"test": Examples(TEST_ID_START + test_rows, test.label_N, test.read(test_rows), test.label_N)},
             class_names=class_names,
             notes=(noise_note(self.noise, noisy.label_N, noisy.true_label_N),),
         ).check()
@@ -102,15 +103,15 @@ class Cifar(Source):
             case "labels":
                 label_N = _labels_of_rows(self.noise.source, clean.id_N, total, self.classes)
             case "open_set":
-                fs, path = _filesystem(self.noise.source)
+                fs, path = storage.connect(self.noise.source)
                 other = _parquet_split(fs, [path], self.size, with_labels=False)
                 other_MHWC = other.read(np.arange(len(other.label_N)))
                 if len(other_MHWC) == 0:
                     raise InputError(f"{self.noise.source} has no images: give a file that has some")
-                image_NHWC, replaced_N = open_set(clean.image_NHWC, other_MHWC, self.noise.rate, rng)
+                image_NHWC, replaced_N = open_set(clean.image_N, other_MHWC, self.noise.rate, rng)
                 # −1: an image of another data set is truly of no class, so its kept label is a wrong one.
                 return Examples(clean.id_N, label_N, image_NHWC, np.where(replaced_N, -1, label_N))
-        return Examples(clean.id_N, label_N, clean.image_NHWC, clean.true_label_N)
+        return Examples(clean.id_N, label_N, clean.image_N, clean.true_label_N)
 
 
 def _balanced(rows: np.ndarray, label_N: np.ndarray, classes: int, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -154,18 +155,15 @@ class _Split:
 def _open(url: str, classes: int, size: int) -> tuple[_Split, _Split, tuple[str, ...]]:
     # Training split, test split and class names of the data in folder `url`.
     inner, marker = ("cifar-10-batches-py", "data_batch_1") if classes == 10 else ("cifar-100-python", "train")
-    fs, folder = _filesystem(url)
-    try:
-        if not fs.exists(folder):
-            raise InputError(f"no such folder: {url}: check the path")
-        if not fs.isdir(folder):
-            raise InputError(f"{url} is a file: give the folder it is in")
-        for candidate in (f"{folder}/{inner}", folder):
-            if fs.isfile(f"{candidate}/{marker}"):
-                return _open_torchvision(fs, candidate, classes, size)
-        paths = sorted(fs.ls(folder, detail=False))
-    except OSError as error:
-        raise InputError(f"cannot read {url} ({error}): check the path and its permissions") from None
+    fs, folder = storage.connect(url)
+    if not storage.exists(fs, folder):
+        raise InputError(f"no such folder: {url}: check the path")
+    if not storage.attempt(fs, folder, lambda: fs.isdir(folder)):
+        raise InputError(f"{url} is a file: give the folder it is in")
+    for candidate in (f"{folder}/{inner}", folder):
+        if storage.exists(fs, f"{candidate}/{marker}"):
+            return _open_torchvision(fs, candidate, classes, size)
+    paths = sorted(storage.attempt(fs, folder, lambda: fs.ls(folder, detail=False)))
     trains, tests = (_parquet_of(paths, kind, classes) for kind in ("train", "test"))
     if not trains or not tests:
         raise InputError(
@@ -176,22 +174,11 @@ def _open(url: str, classes: int, size: int) -> tuple[_Split, _Split, tuple[str,
     return train, test, names
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _read(fs: Any, path: str) -> bytes:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {url} ({error}): check its scheme") from None
-    return fs, path.rstrip("/")
-
-
-def _read_bytes(fs: Any, path: str) -> bytes:
-    try:
-        with fs.open(path, "rb") as file:
-            return file.read()
+        return storage.read(fs, path)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}: check the path, or copy the data again") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error}): check its permissions") from None
 
 
 # The only names a CIFAR pickle may look up. The numpy of its day called its core `numpy.core`, today's `numpy._core`;
@@ -215,7 +202,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unpickle(fs: Any, path: str) -> dict[str, Any]:
-    data = _read_bytes(fs, path)
+    data = _read(fs, path)
     try:
         # latin1: the files were written by Python 2, whose strings hold the arrays' bytes.
         content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
@@ -276,7 +263,7 @@ def _parquet_split(fs: Any, paths: list[str], size: int, *, with_labels: bool) -
     labels, encoded = [], []
     for path in paths:
         try:
-            table = pq.ParquetFile(io.BytesIO(_read_bytes(fs, path))).read()
+            table = pq.ParquetFile(io.BytesIO(_read(fs, path))).read()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is no readable Parquet file ({error}): copy the data again") from None
         column = _image_column(table, path)
@@ -314,7 +301,7 @@ def _label_column(table: Any, path: str) -> np.ndarray:
 
 
 def _decode(encoded: bytes | None, name: str) -> np.ndarray:
-    image_HWC = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
-    if image_HWC is None:
-        raise InputError(f"{name} cannot be decoded: copy the data again, or remove the row")
-    return image_HWC[:, :, ::-1]
+    try:
+        return decode(encoded or b"")
+    except Rejected:
+        raise InputError(f"{name} cannot be decoded: copy the data again, or remove the row") from None

@@ -1,20 +1,37 @@
 """What a data set is: train, probe and test examples with stable ids, and the checks every one must pass.
 
-Shapes: N examples, H×W pixels, C channels, K classes.
+Shapes: N examples, H×W pixels, C channels, K classes, U row groups.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
+from pipeline.images import decode
 from pipeline.views import Views
 
 
 class InputError(ValueError):
     """What the user gave cannot work. The message is one line: the thing, and the mend."""
+
+
+class Split(Protocol):
+    """N labelled images, in memory or in shards on storage."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    @property
+    def row_groups(self) -> np.ndarray:
+        """Rows of each of the U units that are read as a whole, int64, in row order; their sum is N."""
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """The examples at `rows`, in that order, in memory."""
 
 
 @dataclass(frozen=True)
@@ -26,60 +43,77 @@ class Examples:
 
     id_N: np.ndarray  # int64, stable: the same example keeps its id in every run
     label_N: np.ndarray  # int64, as given (noisy, for training examples)
-    image_NHWC: np.ndarray  # uint8
+    image_N: np.ndarray | pa.BinaryArray  # N×H×W×C uint8, or N encoded images
     true_label_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.id_N)
 
+    @property
+    def row_groups(self) -> np.ndarray:
+        """Ones: in memory every row is read by itself."""
+        return np.ones(len(self), np.int64)
+
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order."""
         true = None if self.true_label_N is None else self.true_label_N[rows]
-        return Examples(self.id_N[rows], self.label_N[rows], self.image_NHWC[rows], true)
+        image = self.image_N[rows] if isinstance(self.image_N, np.ndarray) else self.image_N.take(pa.array(rows))
+        return Examples(self.id_N[rows], self.label_N[rows], image, true)
+
+    def image(self, row: int) -> np.ndarray:
+        """One image, H×W×C uint8."""
+        if isinstance(self.image_N, np.ndarray):
+            return self.image_N[row]
+        return decode(self.image_N[row].as_buffer())
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Noisy training examples, a small trusted probe set, and a test set, over the same K classes."""
+    """Noisy training examples, a small trusted probe set, and named evaluation sets, over the same K classes."""
 
-    train: Examples
+    train: Split
     probe: Examples
-    test: Examples
+    tests: dict[str, Split]  # the first is the one that the headline figure is read from
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())  # one line each, printed when a run starts (noise asked and measured)
 
     @property
     def noise_rate(self) -> float | None:
         """Share of training labels that are really wrong, where the truth is known."""
-        if self.train.true_label_N is None:
+        if not isinstance(self.train, Examples) or self.train.true_label_N is None:
             return None
         return float(np.mean(self.train.label_N != self.train.true_label_N))
 
     def check(self) -> Dataset:
-        """Return self, or raise InputError naming what is wrong: empty, mislabelled, unbalanced or overlapping."""
+        """Return self, or raise InputError naming what is wrong: empty, mislabelled, unbalanced or overlapping.
+
+        The rows of shards were checked when they were made.
+        """
         classes = len(self.class_names)
         if classes < 2:
             raise InputError(f"the data set has {classes} class; classification needs 2 or more")
-        for name, examples in (("train", self.train), ("probe", self.probe), ("test", self.test)):
-            if len(examples) == 0:
+        for name, split in {"train": self.train, "probe": self.probe, **self.tests}.items():
+            if len(split) == 0:
                 raise InputError(f"the {name} set is empty: check the data path and its filters")
-            if len(np.unique(examples.id_N)) != len(examples):
-                raise InputError(f"the {name} set repeats example ids: every example needs an id of its own")
-            low, high = int(examples.label_N.min()), int(examples.label_N.max())
-            if low < 0 or high >= classes:
-                bad = low if low < 0 else high
-                raise InputError(f"the {name} set has label {bad}, outside 0…{classes - 1}: fix the labels or classes")
+            if isinstance(split, Examples):
+                self._check_examples(name, split)
         missing = np.setdiff1d(np.arange(classes), self.probe.label_N)
         if len(missing):
             names = ", ".join(self.class_names[k] for k in missing[:5])
             raise InputError(f"no trusted example of class {names}: the probe set needs at least one of every class")
-        for name, examples in (("train", self.train), ("test", self.test)):
-            shared = np.intersect1d(examples.id_N, self.probe.id_N)
-            if len(shared):
-                raise InputError(
-                    f"{len(shared)} probe ids are also in the {name} set (first: {shared[0]}): remove them"
-                )
         return self
+
+    def _check_examples(self, name: str, examples: Examples) -> None:
+        classes = len(self.class_names)
+        if len(np.unique(examples.id_N)) != len(examples):
+            raise InputError(f"the {name} set repeats example ids: every example needs an id of its own")
+        low, high = int(examples.label_N.min()), int(examples.label_N.max())
+        if low < 0 or high >= classes:
+            bad = low if low < 0 else high
+            raise InputError(f"the {name} set has label {bad}, outside 0…{classes - 1}: fix the labels or classes")
+        shared = np.intersect1d(examples.id_N, self.probe.id_N)
+        if name != "probe" and len(shared):
+            raise InputError(f"{len(shared)} probe ids are also in the {name} set (first: {shared[0]}): remove them")
 
 
 class Source(ABC):

@@ -51,9 +51,9 @@ class Digits(Source):
         clean = rest.take(np.setdiff1d(np.arange(len(rest)), probe_rows))
         noisy_N = uniform(clean.label_N, 10, self.noise.rate, keyed_generator(seed, NOISE_DRAW))
         return Dataset(
-            train=Examples(clean.id_N, noisy_N, clean.image_NHWC, clean.label_N),
+            train=Examples(clean.id_N, noisy_N, clean.image_N, clean.label_N),
             probe=rest.take(probe_rows),
-            test=test,
+            tests={"test": test},
             class_names=tuple(str(digit) for digit in digits.target_names),
             notes=(noise_note(self.noise, noisy_N, clean.label_N),),
         ).check()

@@ -1,7 +1,11 @@
 """PURE: the order in which examples are read, and the key of every random draw, from counters alone.
 
-The stream is endless: epoch after epoch, each a permutation of the N rows. Step t takes its rows t·B … t·B + B − 1, cut
+The stream is endless: epoch after epoch, each an order of the N rows. Step t takes rows t·B … t·B + B − 1 of it, cut
 into groups of G: the same on any number of workers, and resumed anywhere by arithmetic.
+
+Rows are read by whole row groups (a Parquet file's; in memory each row is one), in an order drawn anew for every epoch.
+A block of the stream takes its rows from consecutive row groups of that order, so that each is read by one block, at
+most two, and mixes them.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import numpy as np
 
 T = TypeVar("T")
 
+BLOCK_ROWS, BLOCK_BYTES = 1024, 64 << 20  # the most of a block: Ray Data pays 10–20 ms for each, and splits 128 MB
+
 
 class Purpose(IntEnum):
     """What a random draw is for: each purpose has its own independent stream."""
@@ -25,6 +31,7 @@ class Purpose(IntEnum):
     PROBE = 3
     PROBE_VIEWS = 4
     MIXUP = 5
+    MIX = 6
 
 
 def key(seed: int, purpose: Purpose, counter: int) -> int:
@@ -36,22 +43,6 @@ def key(seed: int, purpose: Purpose, counter: int) -> int:
 def generator(seed: int, purpose: Purpose, counter: int) -> np.random.Generator:
     """The generator behind `key`."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, counter)))
-
-
-def rows(count: int, seed: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows `start` … `stop` − 1 of the endless stream over `count` examples: (epoch, row), both int64."""
-    position = np.arange(start, stop)
-    epoch = position // count
-    row = np.empty_like(position)
-    for e in np.unique(epoch):
-        here = epoch == e
-        row[here] = _order(count, seed, int(e))[position[here] % count]
-    return epoch, row
-
-
-@lru_cache(maxsize=2)  # a stream asks for the same epoch group after group
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return generator(seed, Purpose.ORDER, epoch).permutation(count)
 
 
 def probe_rows(label_N: np.ndarray, size: int, seed: int, step: int) -> np.ndarray:
@@ -72,18 +63,25 @@ def probe_rows(label_N: np.ndarray, size: int, seed: int, step: int) -> np.ndarr
     return chosen
 
 
-@dataclass(frozen=True)
+def chunk_of(group: int, row_bytes: float) -> int:
+    """How many steps' groups one block holds, where a row of a group makes `row_bytes` of views."""
+    return max(1, min(BLOCK_ROWS // group, int(BLOCK_BYTES // (group * row_bytes))))
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which groups a run reads, in which blocks, and which worker gets them.
 
     A batch of `batch` rows is cut into `lanes` groups of `group` rows. A block holds one lane's groups of up to `chunk`
-    consecutive steps, because each block costs Ray Data a fixed 10–20 ms; blocks go to the workers round-robin.
+    consecutive steps; blocks go to the workers round-robin. The order of rows depends on `chunk`, never on `start`,
+    `stop` or the number of workers.
     """
 
-    examples: int
+    row_groups: np.ndarray  # rows of each, int64
     seed: int
     batch: int
     group: int
+    probe: int  # trusted examples beside each group
     start: int  # first step
     stop: int  # one past the last step
     chunk: int
@@ -94,29 +92,73 @@ class Plan:
         return self.batch // self.group
 
     @property
+    def chunks(self) -> range:
+        """The chunks (stretches of `chunk` steps, counted from step 0) that hold a step of this plan."""
+        return range(self.start // self.chunk, -(-self.stop // self.chunk) if self.stop > self.start else 0)
+
+    @property
     def blocks(self) -> int:
         """Blocks of the whole plan."""
-        return -(-(self.stop - self.start) // self.chunk) * self.lanes
+        return len(self.chunks) * self.lanes
 
     def steps_of(self, chunk: int) -> range:
-        """The steps of a chunk, from 0."""
-        first = self.start + chunk * self.chunk
-        return range(first, min(first + self.chunk, self.stop))
+        """The plan's steps in a chunk."""
+        return range(max(self.start, chunk * self.chunk), min(self.stop, (chunk + 1) * self.chunk))
 
     def groups_of(self, block: int) -> list[int]:
         """The group numbers of a block: group g is lane g mod lanes of step g div lanes."""
-        chunk, lane = divmod(block, self.lanes)
+        chunk, lane = self._place(block)
         return [step * self.lanes + lane for step in self.steps_of(chunk)]
 
-    def rows_of(self, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row) of a group's examples."""
-        return rows(self.examples, self.seed, group * self.group, (group + 1) * self.group)
+    def rows_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row) of a block's groups, both int64 with a line of G a group."""
+        chunk, lane = self._place(block)
+        first = chunk * self.chunk * self.batch
+        position_LSG = np.arange(first, first + self.chunk * self.batch).reshape(self.chunk, self.lanes, self.group)
+        # Lane-major: a lane's rows lie next to each other in reading order, so that a row group belongs to one block.
+        position = position_LSG.transpose(1, 0, 2).reshape(-1)
+        epoch, reading = position // self.examples, np.empty_like(position)
+        for e in np.unique(epoch):
+            here = epoch == e
+            reading[here] = np.sort(position[here]) - e * self.examples
+        mine = slice(lane * self.chunk * self.group, (lane + 1) * self.chunk * self.group)
+        epoch_P, row_P = epoch[mine], np.empty(self.chunk * self.group, np.int64)
+        rng = generator(self.seed, Purpose.MIX, chunk * self.lanes + lane)
+        for e in np.unique(epoch_P):
+            here = epoch_P == e
+            row_P[here] = rng.permutation(_rows_read(self, int(e), reading[mine][here]))
+        steps = slice(self.steps_of(chunk).start - chunk * self.chunk, self.steps_of(chunk).stop - chunk * self.chunk)
+        return epoch_P.reshape(-1, self.group)[steps], row_P.reshape(-1, self.group)[steps]
+
+    @property
+    def examples(self) -> int:
+        """N, the rows of an epoch."""
+        return int(self.row_groups.sum())
+
+    def _place(self, block: int) -> tuple[int, int]:
+        chunk, lane = divmod(block, self.lanes)
+        return self.chunks[chunk], lane
 
     def by_step(self, groups: Iterator[T], workers: int) -> Iterator[list[T]]:
         """Regroup one worker's stream (block after block) into steps: its lanes' groups of each step, in lane order."""
         lanes = self.lanes // workers
-        for chunk in range(self.blocks // self.lanes):
+        for chunk in self.chunks:
             steps = len(self.steps_of(chunk))
             held = [[next(groups) for _ in range(steps)] for _ in range(lanes)]
             for step in range(steps):
                 yield [held[lane][step] for lane in range(lanes)]
+
+
+def _rows_read(plan: Plan, epoch: int, reading: np.ndarray) -> np.ndarray:
+    # The rows at the places `reading` of an epoch's reading order.
+    order, end, first = _order(plan, epoch)
+    turn = np.searchsorted(end, reading, side="right")
+    group = order[turn]
+    return first[group] + reading - (end[turn] - plan.row_groups[group])
+
+
+@lru_cache(maxsize=2)  # a stream asks for the same epoch block after block
+def _order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # The row groups in the order in which an epoch reads them, where each ends in that order, and each one's first row.
+    order = generator(plan.seed, Purpose.ORDER, epoch).permutation(len(plan.row_groups))
+    return order, np.cumsum(plan.row_groups[order]), np.cumsum(plan.row_groups) - plan.row_groups

@@ -1,59 +1,80 @@
-"""The training stream: plan → examples → two views made in CPU actors → groups of uint8 arrays, through Ray Data."""
+"""The training stream: plan → examples → views made in CPU actors → groups of uint8 arrays, through Ray Data.
+
+Shapes: S groups of a block, G noisy and P trusted examples of a group, V = 2G + P views of a group, images H×W×C.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 
-from pipeline.dataset import Examples
-from pipeline.plan import Plan, Purpose, generator
+from pipeline.dataset import Examples, Split
+from pipeline.plan import Plan, Purpose, generator, probe_rows
 from pipeline.views import Views
 
-Group = Mapping[str, np.ndarray]  # group, id, epoch, label: G; weak, strong: G×H×W×C uint8
+# V rows each, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
+# `label` and `epoch` (−1 for trusted images) are int64.
+Group = Mapping[str, np.ndarray]
 
 
-def make_group(examples: Examples, views: Views, plan: Plan, group: int) -> dict[str, np.ndarray]:
-    """One group of the plan with both views; every draw is keyed by (seed, group)."""
-    epoch_G, row_G = plan.rows_of(group)
-    rng = generator(plan.seed, Purpose.VIEWS, group)
-    pairs = [views.pair(examples.image_NHWC[row], rng) for row in row_G]
-    return {
-        "group": np.full(plan.group, group),
-        "id": examples.id_N[row_G],
-        "epoch": epoch_G,
-        "label": examples.label_N[row_G],
-        "weak": np.stack([weak for weak, _ in pairs]),
-        "strong": np.stack([strong for _, strong in pairs]),
-    }
+def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block: int) -> dict[str, np.ndarray]:
+    """All groups of one block of the plan, one behind the other; every draw is keyed by (seed, group)."""
+    epoch_SG, row_SG = plan.rows_of(block)
+    held = examples.take(row_SG.reshape(-1))
+    groups = []
+    for place, group in enumerate(plan.groups_of(block)):
+        rows = range(place * plan.group, (place + 1) * plan.group)
+        rng = generator(plan.seed, Purpose.VIEWS, group)
+        pairs = [views.pair(held.image(row), rng) for row in rows]
+        step, lane = divmod(group, plan.lanes)
+        shares = probe_rows(probe.label_N, plan.probe * plan.lanes, plan.seed, step)
+        trusted = shares[lane * plan.probe : (lane + 1) * plan.probe]
+        rng = generator(plan.seed, Purpose.PROBE_VIEWS, group)
+        seen = [views.weak(probe.image(row), rng) for row in trusted]
+        noisy = slice(rows.start, rows.stop)
+        groups.append(
+            {
+                "group": np.full(2 * plan.group + plan.probe, group),
+                "id": np.concatenate([held.id_N[noisy], held.id_N[noisy], probe.id_N[trusted]]),
+                "label": np.concatenate([held.label_N[noisy], held.label_N[noisy], probe.label_N[trusted]]),
+                "epoch": np.concatenate([epoch_SG[place], epoch_SG[place], np.full(plan.probe, -1)]),
+                "image": [weak for weak, _ in pairs] + [strong for _, strong in pairs] + seen,
+            }
+        )
+    columns = {name: np.concatenate([group[name] for group in groups]) for name in ("group", "id", "label", "epoch")}
+    return {**columns, "image": np.stack([image for group in groups for image in group["image"]])}
 
 
 class MakeViews:
     """A CPU actor's work: a block number in, that block's groups out."""
 
-    def __init__(self, examples: list[ray.ObjectRef], views: Views, plan: Plan) -> None:
-        self.examples: Examples = ray.get(examples[0])  # zero-copy from the object store
+    def __init__(self, refs: list[ray.ObjectRef], views: Views, plan: Plan) -> None:
+        self.examples: Split
+        self.probe: Examples
+        self.examples, self.probe = ray.get(refs)  # arrays stay where they are, in the object store
         self.views, self.plan = views, plan
+        cv2.setNumThreads(1)  # an actor has one core
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All groups of the blocks in `block["id"]`, one behind the other."""
-        numbers = [group for b in block["id"] for group in self.plan.groups_of(int(b))]
-        groups = [make_group(self.examples, self.views, self.plan, number) for number in numbers]
-        return {column: np.concatenate([group[column] for group in groups]) for column in groups[0]}
+        """The groups of the one block that `block["id"]` holds."""
+        (number,) = block["id"]
+        return make_block(self.examples, self.probe, self.views, self.plan, int(number))
 
 
-def stream(examples: ray.ObjectRef, views: Views, plan: Plan, actors: int) -> Dataset:
+def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Plan, actors: int) -> Dataset:
     """The lazy data set of a plan; `actors` is the largest number of CPU actors that make views.
 
     Split among N workers with `preserved_order()`, block j goes to worker j mod N.
     """
     return ray.data.range(plan.blocks, override_num_blocks=plan.blocks).map_batches(
         MakeViews,
-        fn_constructor_args=([examples], views, plan),
+        fn_constructor_args=([examples, probe], views, plan),
         batch_size=None,
         compute=ActorPoolStrategy(min_size=1, max_size=actors),
         num_cpus=1,
@@ -72,4 +93,5 @@ def preserved_order() -> ExecutionOptions:
 
 def groups(shard: Any, plan: Plan) -> Iterator[Group]:
     """A worker's groups, in order, from its shard of the stream."""
-    return iter(shard.iter_batches(batch_size=plan.group, batch_format="numpy", prefetch_batches=2))
+    size = 2 * plan.group + plan.probe
+    return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2))

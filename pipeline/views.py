@@ -1,29 +1,33 @@
 """Two views of one image, a weak and a strong one, as pure functions of the image and an explicit generator.
 
-Shapes: H×W pixels, C channels (RGB for CIFAR, one for digits), V = 256 values of a channel. Every view is uint8 and as
-large as its image. Sizes written for 32-px images (pads, cutout) are scaled with the image's height.
-
-The policy operations have torchvision's semantics on PIL images (nearest neighbour, black fill), without torch.
+Shapes: H×W pixels, C channels (3 for RGB photographs, one for digits), S the side of a photograph's view. Every image
+and view is uint8; those of CIFAR and digits are as large as their image, those of photographs S×S.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
-from PIL import Image, ImageChops, ImageEnhance
 
-Policy = Literal["autoaugment", "random", "none"]
+from pipeline.policies import CIFAR_POLICY, IMAGENET_POLICY, Policy, apply_policy, below
 
-CIFAR_HEIGHT = 32  # px, the height the three sizes below are stated for (METHOD: data rules)
+CUTOUT = 16  # px, the side of the square, for CIFAR and photographs (METHOD: data rules)
+CUTOUT_FILL = 128  # mid-grey: the authors cut out zeros of data in [−1, 1]
+
+CIFAR_HEIGHT = 32  # px; the cutout and the pads are scaled to images of another height
 WEAK_PAD = 2
 STRONG_PAD = 4
-CUTOUT = 16  # px, the side of the square
-CUTOUT_FILL = 128  # mid-grey: the authors cut out zeros of data in [−1, 1]
+
+PHOTO_SIZE = 224  # px; the cutout and the short side in a test view are scaled to views of another size
+PHOTO_SHORT_SIDE = 256
+CROP_AREA = (0.08, 1.0)  # share of the image
+CROP_RATIO = (3 / 4, 4 / 3)  # width by height, log-uniform
+CROP_TRIES = 10
+BANNER = 8  # long by short side; of anything longer a test view takes no notice
 
 # Digits are 8×8: one pixel is an eighth of the image, so a slope of 15° or 0.15 moves a corner by one pixel, and more
 # would turn one digit into another (a 6 into a 0, a 1 into a 7).
@@ -42,222 +46,13 @@ class Views(Protocol):
         """The weak view, uint8 HWC."""
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The weak and the strong view, both uint8 HWC."""
+        """The weak and the strong view, both uint8 HWC; the weak one is what `weak` gives for the same key."""
+
+    def test(self, image_HWC: np.ndarray) -> np.ndarray:
+        """The view to evaluate on, uint8 HWC."""
 
 
-# ---- policy operations: PIL image and magnitude in, PIL image out ----------------------------------------------------
-
-
-def _affine(image: Image.Image, *inverse: float) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST)
-
-
-def shear_x(image: Image.Image, slope: float) -> Image.Image:
-    """Shear along x about the top left corner, as the authors of AutoAugment do; `slope` in px per px."""
-    return _affine(image, 1, slope, 0, 0, 1, 0)
-
-
-def shear_y(image: Image.Image, slope: float) -> Image.Image:
-    """Shear along y about the top left corner; `slope` in px per px."""
-    return _affine(image, 1, 0, 0, slope, 1, 0)
-
-
-def translate_x(image: Image.Image, distance: float) -> Image.Image:
-    """Move right by the whole pixels of `distance`."""
-    return _affine(image, 1, 0, -int(distance), 0, 1, 0)
-
-
-def translate_y(image: Image.Image, distance: float) -> Image.Image:
-    """Move down by the whole pixels of `distance`."""
-    return _affine(image, 1, 0, 0, 0, 1, -int(distance))
-
-
-def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Rotate counter-clockwise about the centre."""
-    return image.rotate(degrees, Image.Resampling.NEAREST)
-
-
-def brightness(image: Image.Image, change: float) -> Image.Image:
-    """Blend with black by the factor 1 + `change`."""
-    return ImageEnhance.Brightness(image).enhance(1.0 + change)
-
-
-def color(image: Image.Image, change: float) -> Image.Image:
-    """Blend with the grey version by the factor 1 + `change`."""
-    return ImageEnhance.Color(image).enhance(1.0 + change)
-
-
-def contrast(image: Image.Image, change: float) -> Image.Image:
-    """Blend with the mean grey by the factor 1 + `change`."""
-    # PIL's own enhancer takes the mean in a Python loop over the histogram: several times the cost of this.
-    grey = int(np.asarray(image.convert("L")).mean() + 0.5)
-    return Image.blend(Image.new("RGB", image.size, (grey, grey, grey)), image, 1.0 + change)
-
-
-def sharpness(image: Image.Image, change: float) -> Image.Image:
-    """Blend with a smoothed version by the factor 1 + `change`."""
-    return ImageEnhance.Sharpness(image).enhance(1.0 + change)
-
-
-def posterize(image: Image.Image, bits: float) -> Image.Image:
-    """Keep the upper `bits` bits of every value."""
-    return _look_up(image, _VALUE_V & (256 - (1 << (8 - int(bits)))))
-
-
-def solarize(image: Image.Image, threshold: float) -> Image.Image:
-    """Invert the values at or above `threshold`."""
-    return _look_up(image, np.where(threshold > _VALUE_V, _VALUE_V, 255 - _VALUE_V))
-
-
-def autocontrast(image: Image.Image, _: float) -> Image.Image:
-    """Stretch every channel to the range 0…255."""
-    low_C1, high_C1 = np.array(image.getextrema(), np.float64).T[:, :, None]
-    # The order of the roundings is PIL's: stretching about `low` in one step differs from it in the last bit.
-    scale_C1 = 255.0 / np.maximum(high_C1 - low_C1, 1)
-    lut_CV = np.clip(_VALUE_V * scale_C1 - low_C1 * scale_C1, 0, 255)
-    return _look_up(image, np.where(high_C1 > low_C1, lut_CV, _VALUE_V).T)
-
-
-def equalize(image: Image.Image, _: float) -> Image.Image:
-    """Flatten the histogram of every channel."""
-    count_CV = np.reshape(image.histogram(), (3, 256))
-    below_CV = np.cumsum(count_CV, axis=1) - count_CV
-    # The pixels of a channel's topmost value are not part of its step, so that this value is mapped to 255.
-    step_C1 = below_CV.max(axis=1, keepdims=True, where=count_CV > 0, initial=0) // 255
-    lut_CV = np.minimum((step_C1 // 2 + below_CV) // np.maximum(step_C1, 1), 255)
-    return _look_up(image, np.where(step_C1 > 0, lut_CV, _VALUE_V).T)
-
-
-def invert(image: Image.Image, _: float) -> Image.Image:
-    """255 − value."""
-    return ImageChops.invert(image)
-
-
-_VALUE_V = np.arange(256)
-
-
-def _look_up(image: Image.Image, lut: np.ndarray) -> Image.Image:
-    # `lut` is V or V×C. PIL's own `point` (and so its ImageOps) converts a table of 768 Python numbers on every call,
-    # at three times the cost.
-    return Image.fromarray(cv2.LUT(np.asarray(image), lut.astype(np.uint8)[:, None]))
-
-
-OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
-    "Rotate": rotate,
-    "Brightness": brightness,
-    "Color": color,
-    "Contrast": contrast,
-    "Sharpness": sharpness,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "AutoContrast": autocontrast,
-    "Equalize": equalize,
-    "Invert": invert,
-}
-OP_NAMES = tuple(OPS)
-LEVELS = 10  # magnitudes of an operation, numbered 0…9 from weakest to strongest
-
-# A policy operation: its name, the probability that it is applied, and the level of its magnitude.
-PolicyOp = tuple[str, float, int]
-
-# AutoAugment, arXiv:1805.09501, table 7 (CIFAR-10); level 0 stands where the operation has no magnitude.
-CIFAR_POLICY: tuple[tuple[PolicyOp, PolicyOp], ...] = (
-    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)),
-    (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
-    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
-    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
-    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
-)
-
-
-def magnitude(name: str, level: int, height: int, width: int, sign: int) -> float:
-    """What `level` (0…9) of operation `name` means on an H×W image, with `sign` (±1) where the operation has one.
-
-    Units are the operation's own: px per px, px, degrees, change of a factor, bits, value. Source: torchvision's
-    `AutoAugment._augmentation_space` with 10 bins.
-    """
-    part = level / (LEVELS - 1)
-    match name:
-        case "ShearX" | "ShearY":
-            return sign * 0.3 * part
-        case "TranslateX":
-            return sign * 150 / 331 * width * part
-        case "TranslateY":
-            return sign * 150 / 331 * height * part
-        case "Rotate":
-            return sign * 30.0 * part
-        case "Brightness" | "Color" | "Contrast" | "Sharpness":
-            return sign * 0.9 * part
-        case "Posterize":
-            return 8 - round(4 * part)
-        case "Solarize":
-            return 255 - 255 * part
-        case _:
-            return 0.0
-
-
-def apply_policy(image_HWC: np.ndarray, policy: Policy, rng: np.random.Generator) -> np.ndarray:
-    """The image after a drawn pair of operations, uint8 HWC; itself under the policy "none".
-
-    "autoaugment" draws one of the 25 sub-policies of CIFAR_POLICY; "random" draws two operations and their levels
-    uniformly, as RandAugment does (arXiv:1909.13719), and always applies them.
-    """
-    ops: tuple[PolicyOp, ...]
-    match policy:
-        case "autoaugment":
-            ops = CIFAR_POLICY[_below(len(CIFAR_POLICY), rng)]
-        case "random":
-            ops = tuple((OP_NAMES[_below(len(OP_NAMES), rng)], 1.0, _below(LEVELS, rng)) for _ in range(2))
-        case "none":
-            ops = ()
-    height, width, _ = image_HWC.shape
-    chosen = [
-        (OPS[name], magnitude(name, level, height, width, 1 if rng.random() < 0.5 else -1))
-        for name, probability, level in ops
-        if rng.random() < probability
-    ]
-    if not chosen:
-        return image_HWC
-    image = Image.fromarray(image_HWC)
-    for op, value in chosen:
-        image = op(image, value)
-    return np.asarray(image)
-
-
-# ---- geometry shared by the views ------------------------------------------------------------------------------------
-
-
-def _below(n: int, rng: np.random.Generator) -> int:
-    # A whole number in 0…n−1. rng.integers costs ten times as much for one number.
-    return int(rng.random() * n)
-
-
-def _scaled(size: int, height: int) -> int:
-    return max(1, round(size * height / CIFAR_HEIGHT))
+# ---- geometry --------------------------------------------------------------------------------------------------------
 
 
 def shift_crop(image_HWC: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarray:
@@ -265,13 +60,14 @@ def shift_crop(image_HWC: np.ndarray, pad: int, rng: np.random.Generator) -> np.
     height, width, channels = image_HWC.shape
     padded = np.zeros((height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[pad : pad + height, pad : pad + width] = image_HWC
-    top, left = _below(2 * pad + 1, rng), _below(2 * pad + 1, rng)
+    top, left = below(2 * pad + 1, rng), below(2 * pad + 1, rng)
     return padded[top : top + height, left : left + width]
 
 
 def flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirror left and right with probability one half."""
-    return image_HWC[:, ::-1] if rng.random() < 0.5 else image_HWC
+    # Numpy's reversed slice is free, but copying it costs 30 times as much as this.
+    return cv2.flip(image_HWC, 1).reshape(image_HWC.shape) if rng.random() < 0.5 else image_HWC
 
 
 def cutout(image_HWC: np.ndarray, size: int, fill: int, rng: np.random.Generator) -> np.ndarray:
@@ -280,10 +76,55 @@ def cutout(image_HWC: np.ndarray, size: int, fill: int, rng: np.random.Generator
     Source: arXiv:1708.04552.
     """
     height, width, _ = image_HWC.shape
-    top, left = _below(height, rng) - size // 2, _below(width, rng) - size // 2
+    top, left = below(height, rng) - size // 2, below(width, rng) - size // 2
     cut = image_HWC.copy()
     cut[max(top, 0) : top + size, max(left, 0) : left + size] = fill
     return cut
+
+
+def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random part of an H×W image: (top, left, height, width) in px, as torchvision's RandomResizedCrop draws it."""
+    low, high = CROP_AREA
+    narrow, wide = CROP_RATIO
+    for _ in range(CROP_TRIES):
+        share, shape, down, right = rng.random(4).tolist()  # four numbers at the price of two
+        area = height * width * (low + (high - low) * share)
+        ratio = narrow * (wide / narrow) ** shape
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    # The largest part in the middle whose shape is allowed.
+    h, w = min(height, round(width / narrow)), min(width, round(height * wide))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image at another size by bilinear interpolation; what shrinks is smoothed first, as torchvision and PIL do.
+
+    They weigh by a triangle as wide as the scale. A smoothing of the same variance and cv2's plain interpolation leave
+    as much fine detail, within 5 %; cv2's INTER_AREA leaves up to 50 % more, in twice the time at scales below 2.
+    """
+    old_height, old_width, _ = image_HWC.shape
+    if old_height > height or old_width > width:
+        kernels = _triangle(old_width / width), _triangle(old_height / height)
+        image_HWC = cv2.sepFilter2D(image_HWC, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(image_HWC, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _triangle(scale: float) -> np.ndarray:
+    # A triangle that falls to zero n px from its top has the variance (n² − 1)/6, and interpolation adds 1/6. Triangles
+    # of n = ⌊scale⌋ and n + 1 are mixed so that the sum is scale²/6, the variance of theirs; scale ≤ 1: no smoothing.
+    scale = max(scale, 1.0)
+    n = int(scale)
+    distance = np.abs(np.arange(-n, n + 1))
+    share = (scale**2 - n**2) / (2 * n + 1)
+    inner, outer = np.maximum(n - distance, 0) / n**2, (n + 1 - distance) / (n + 1) ** 2
+    return (1 - share) * inner + share * outer
+
+
+def _centre(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = round((len(image_HWC) - height) / 2), round((image_HWC.shape[1] - width) / 2)  # rounded as torchvision
+    return image_HWC[top : top + height, left : left + width]
 
 
 # ---- the views -------------------------------------------------------------------------------------------------------
@@ -298,16 +139,52 @@ class CifarViews:
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Random crop after a pad of 2 px, random flip: uint8 HW3."""
-        cropped = shift_crop(image_HWC, _scaled(WEAK_PAD, len(image_HWC)), rng)
+        cropped = shift_crop(image_HWC, _scaled(WEAK_PAD, len(image_HWC), CIFAR_HEIGHT), rng)
         return np.ascontiguousarray(flip(cropped, rng))
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The weak view, and the strong one: policy, flip, crop after a pad of 4 px, cutout of 16 px; uint8 HW3."""
         height = len(image_HWC)
         weak = self.weak(image_HWC, rng)
-        changed = flip(apply_policy(weak, self.policy, rng), rng)
-        cropped = shift_crop(changed, _scaled(STRONG_PAD, height), rng)
-        return weak, cutout(cropped, _scaled(CUTOUT, height), CUTOUT_FILL, rng)
+        changed = flip(apply_policy(weak, self.policy, CIFAR_POLICY, rng), rng)
+        cropped = shift_crop(changed, _scaled(STRONG_PAD, height, CIFAR_HEIGHT), rng)
+        return weak, cutout(cropped, _scaled(CUTOUT, height, CIFAR_HEIGHT), CUTOUT_FILL, rng)
+
+    def test(self, image_HWC: np.ndarray) -> np.ndarray:
+        """The image itself."""
+        return image_HWC
+
+
+@dataclass(frozen=True)
+class PhotoViews:
+    """S×S views of RGB photographs of any size (METHOD: data rules); weak and strong show independent parts."""
+
+    policy: Policy = "autoaugment"
+    """Operations of the strong view: the learned ImageNet policy, two random ones, or none (crop, flip, cutout)."""
+    size: int = PHOTO_SIZE
+    """Side of a view, px."""
+
+    def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random part of random shape, resized, and a random flip: uint8 SS3."""
+        height, width, _ = image_HWC.shape
+        top, left, h, w = crop_box(height, width, rng)
+        return flip(resize(image_HWC[top : top + h, left : left + w], self.size, self.size), rng)
+
+    def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The weak view, and the strong one: another part, flip, policy, cutout of 16 px; both uint8 SS3."""
+        weak = self.weak(image_HWC, rng)
+        changed = apply_policy(self.weak(image_HWC, rng), self.policy, IMAGENET_POLICY, rng)
+        return weak, cutout(changed, _scaled(CUTOUT, self.size, PHOTO_SIZE), CUTOUT_FILL, rng)
+
+    def test(self, image_HWC: np.ndarray) -> np.ndarray:
+        """The centre of the image, after its short side is resized to 256 px: uint8 SS3."""
+        height, width, _ = image_HWC.shape
+        short = min(height, width)
+        # A banner loses its ends first: resized as a whole it would fill the memory.
+        middle = _centre(image_HWC, min(height, BANNER * short), min(width, BANNER * short))
+        new_short = _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
+        resized = resize(middle, *(side * new_short // short for side in middle.shape[:2]))
+        return np.ascontiguousarray(_centre(resized, self.size, self.size))
 
 
 @dataclass(frozen=True)
@@ -326,6 +203,14 @@ class DigitsViews:
         # About zero, not about the mean: the background, the pad and the cutout stay one and the same black.
         contrasted_HW = np.minimum(warped_HW * rng.uniform(*DIGITS_CONTRAST) + 0.5, 255).astype(np.uint8)
         return weak, cutout(contrasted_HW[:, :, None], DIGITS_CUTOUT, 0, rng)
+
+    def test(self, image_HWC: np.ndarray) -> np.ndarray:
+        """The image itself."""
+        return image_HWC
+
+
+def _scaled(size: int, side: int, stated_for: int) -> int:
+    return max(1, round(size * side / stated_for))
 
 
 def _digits_affine(height: int, width: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import threading
@@ -21,16 +20,15 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from rich.console import Console
 
+from pipeline import compute
 from pipeline.dataset import Dataset, InputError
-from pipeline.plan import Plan
+from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from training import networks, tracking
 from training.loop import Job, train
 from training.monitor import NotFiniteError
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
-
-BLOCK_BYTES = 4 << 20  # groups of several steps share a block up to this size: each block costs Ray Data 10–20 ms
 
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = ("workers", "actors", "device", "tracker", "data", "storage")
@@ -106,19 +104,25 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         )
     if start == recipe.schedule.steps:
         return Result(folder, done["history"], dataset)
-    _connect(recipe)
+    # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
+    compute.join(cpus=recipe.workers + recipe.actors + 1)
+    views = recipe.dataset.views
+    view = views.test(dataset.probe.image(0))
+    probe_group = recipe.probe_batch // recipe.groups
     plan = Plan(
-        examples=len(dataset.train),
+        row_groups=dataset.train.row_groups,
         seed=recipe.seed,
         batch=recipe.batch,
         group=recipe.group,
+        probe=probe_group,
         start=start,
         stop=recipe.schedule.steps,
-        chunk=max(1, BLOCK_BYTES // (2 * recipe.group * dataset.train.image_NHWC[0].nbytes)),
+        chunk=chunk_of(recipe.group, view.nbytes * (2 + probe_group / recipe.group)),
     )
-    train_ref, probe_ref, test_ref = (ray.put(part) for part in (dataset.train, dataset.probe, dataset.test))
+    train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
+    tests = {name: ray.put(test) for name, test in dataset.tests.items()}
     queue = Queue(actor_options={"num_cpus": 0})
-    job = Job(recipe, plan, [probe_ref], [test_ref], dataset.class_names, folder, queue)
+    job = Job(recipe, plan, tests, view.shape[-1], dataset.class_names, folder, queue)
     use_gpu = _use_gpu(recipe, console)
     filesystem, path = _ray_storage(folder)
     trainer = TorchTrainer(
@@ -131,7 +135,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
             storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
-        datasets={"train": lambda: stream(train_ref, recipe.dataset.views, plan, recipe.actors)},
+        datasets={"train": lambda: stream(train_ref, probe_ref, views, plan, recipe.actors)},
         dataset_config=ray.train.DataConfig(execution_options=preserved_order(), enable_shard_locality=False),
     )
     with Progress(recipe, console) as progress:
@@ -156,32 +160,6 @@ def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> list[dict[s
         finished.set()
         listener.join()
         queue.shutdown()
-
-
-def _connect(recipe: Recipe) -> None:
-    """Join the cluster of RAY_ADDRESS (set inside a Ray job), or start Ray in this machine for this run."""
-    if ray.is_initialized():
-        return
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address)
-        except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS"
-            ) from error
-        return
-    # A report waits for the controller's next look; on one machine frequent looks cost nothing.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Logical CPUs: every worker and actor must be placed at once, and Ray Data needs one to spare or it waits forever.
-    needed = recipe.workers + recipe.actors + 1
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, needed),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
 
 
 def _use_gpu(recipe: Recipe, console: Console) -> bool:

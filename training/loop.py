@@ -1,17 +1,20 @@
 """One training worker: its groups in, updates, and at every evaluation a report, a ledger file and a checkpoint out.
 
-Shapes: B noisy examples of this worker, M probe examples, N test examples, K classes.
+Shapes: B noisy examples of this worker, M probe examples, N test examples, K classes, G noisy examples of a group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -21,10 +24,11 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from pipeline import plan as draws
 from pipeline import stream
-from pipeline.dataset import Examples
-from pipeline.plan import Plan, Purpose
+from pipeline.dataset import Split
+from pipeline.plan import Plan, Purpose, key
+from pipeline.stream import Group
+from pipeline.views import Views
 from training import networks
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
@@ -36,17 +40,20 @@ from training.tracking import Tracker
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
 TELL_EVERY = 1.0  # seconds between progress messages
-TEST_BATCH = 500
+TEST_BATCH = 128
+TEST_THREADS = 4  # that read and decode evaluation images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told. Examples travel as object-store references: read without a copy."""
+    """What every worker is told. Evaluation sets travel as object-store references: read without a copy."""
 
     recipe: Recipe
     plan: Plan
-    probe: list[ray.ObjectRef]
-    test: list[ray.ObjectRef]
+    tests: dict[str, ray.ObjectRef]
+    channels: int
     class_names: tuple[str, ...]
     folder: str  # the run's own, a local path or URL
     progress: Any  # a queue that the launching process reads
@@ -54,20 +61,25 @@ class Job:
 
 def train(config: dict[str, Job]) -> list[dict[str, float]]:
     """Train to the plan's end; rank 0 returns the run's history, one row an evaluation."""
-    job = config["job"]
+    with contextlib.ExitStack() as closing:
+        return _train(config["job"], closing)
+
+
+def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     recipe, context = job.recipe, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     workers: Workers = Processes() if world > 1 else Alone()
     device = ray.train.torch.get_device()
-    probe, test = (ray.get(refs[0]) for refs in (job.probe, job.test))
+    tests: dict[str, Split] = {name: ray.get(ref) for name, ref in job.tests.items()}
 
-    state = new_state(recipe, probe.image_NHWC.shape[-1], len(job.class_names), device)
+    state = new_state(recipe, job.channels, len(job.class_names), device)
     history = resume(state)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
     tracker = None
     if rank == 0:
         forget(job.folder, state.step)  # others write no file before rank 0 joins their first step
         tracker = Tracker(recipe, job.folder)
+        closing.callback(tracker.close)
     evaluations = recipe.evaluations
     last_good = f"step {state.step}" if state.step else "none"
     told_at, told_step = time.monotonic(), state.step
@@ -79,10 +91,13 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
         if (received := [int(group["group"][0]) for group in held]) != expected:
             raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
-        batch = assemble(held, probe, recipe, len(job.class_names), device)
+        batch = assemble(held, recipe, len(job.class_names), device)
         lr = recipe.schedule.learning_rate(step)
         outcome = update(state, recipe.objective, batch, lr=lr, workers=workers)
-        known = {column: np.concatenate([group[column] for group in held]) for column in ("id", "epoch", "label")}
+        known = {
+            column: np.concatenate([group[column][: recipe.group] for group in held])
+            for column in ("id", "epoch", "label")
+        }
         ledger.add(step, known, outcome.coefficients)
         monitor.add(step, outcome, batch.label_B)
 
@@ -98,19 +113,17 @@ def train(config: dict[str, Job]) -> list[dict[str, float]]:
             average_statistics(state, workers)
             if not state.finite():
                 raise NotFiniteError(f"parameters are no numbers after step {step}; last good checkpoint: {last_good}")
-            top1, top5 = accuracy(state, test, rank, workers, device)
+            measured = evaluation(state, tests, recipe, rank, workers, device)
             ledger.flush()
             if tracker:
-                history.append({**row, "top1": top1, "top5": top5})
+                history.append({**row, **measured})
                 tracker.log(history[-1])
                 job.progress.put_nowait(history[-1])
                 if state.step == recipe.schedule.steps:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
-            save(state, history, rank, top1)
+            save(state, history, rank, measured["top1"])
             last_good = f"step {state.step}"
             told_at = time.monotonic()  # evaluating is no part of the training speed
-    if tracker:
-        tracker.close()
     return history
 
 
@@ -139,48 +152,67 @@ def new_state(recipe: Recipe, channels: int, classes: int, device: torch.device)
     )
 
 
-def assemble(
-    held: list[Mapping[str, np.ndarray]], probe: Examples, recipe: Recipe, classes: int, device: torch.device
-) -> Batch:
-    """A worker's groups of one step, with each group's own share of trusted images, on the device."""
-    numbers = [int(group["group"][0]) for group in held]
-    step = numbers[0] // recipe.groups
-    shares = draws.probe_rows(probe.label_N, recipe.probe_batch, recipe.seed, step).reshape(recipe.groups, -1)
-    rows_M = [shares[number % recipe.groups] for number in numbers]
-    views = recipe.dataset.views
-    seen: list[np.ndarray] = []
-    for group, rows in zip(numbers, rows_M, strict=True):
-        rng = draws.generator(recipe.seed, Purpose.PROBE_VIEWS, group)
-        seen.extend(views.weak(probe.image_NHWC[row], rng) for row in rows)
+def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.device) -> Batch:
+    """A worker's groups of one step on the device: noisy examples first, then each group's own trusted ones."""
+    weak, strong, trusted = slice(recipe.group), slice(recipe.group, 2 * recipe.group), slice(2 * recipe.group, None)
 
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    def on_device(column: str, rows: slice) -> Tensor:
+        array = np.concatenate([group[column][rows] for group in held])
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Batch(
-        weak_BCHW=normalised(on_device(np.concatenate([group["weak"] for group in held]))),
-        strong_BCHW=normalised(on_device(np.concatenate([group["strong"] for group in held]))),
-        label_B=on_device(np.concatenate([group["label"] for group in held])),
-        probe_MCHW=normalised(on_device(np.stack(seen))),
-        probe_label_M=on_device(probe.label_N[np.concatenate(rows_M)]),
-        group_keys=tuple(draws.key(recipe.seed, Purpose.MIXUP, group) for group in numbers),
+        weak_BCHW=normalised(on_device("image", weak)),
+        strong_BCHW=normalised(on_device("image", strong)),
+        label_B=on_device("label", weak),
+        probe_MCHW=normalised(on_device("image", trusted)),
+        probe_label_M=on_device("label", trusted),
+        group_keys=tuple(key(recipe.seed, Purpose.MIXUP, int(group["group"][0])) for group in held),
         classes=classes,
     )
 
 
+def evaluation(
+    state: TrainState, tests: dict[str, Split], recipe: Recipe, rank: int, workers: Workers, device: torch.device
+) -> dict[str, float]:
+    """Accuracies on every evaluation set: top1 and top5 of the first, NAME_top1 and NAME_top5 of the others."""
+    measured: dict[str, float] = {}
+    for name, test in tests.items():
+        prefix = f"{name}_" if measured else ""
+        top1, top5 = accuracy(state, test, recipe.dataset.views, rank, workers, device)
+        measured |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
+    return measured
+
+
 def accuracy(
-    state: TrainState, test: Examples, rank: int, workers: Workers, device: torch.device
+    state: TrainState, test: Split, views: Views, rank: int, workers: Workers, device: torch.device
 ) -> tuple[float, float]:
-    """(top-1, top-5) over the whole test set, every example counted once: worker r takes rows r, r + N, …"""
-    mine = np.arange(rank, len(test), workers.size)
+    """(top-1, top-5) over the whole test set, every example counted once: worker r takes batches r, r + N, …"""
+    starts = range(rank * TEST_BATCH, len(test), workers.size * TEST_BATCH)
+
+    def batch(start: int) -> tuple[np.ndarray, np.ndarray]:
+        held = test.take(np.arange(start, min(start + TEST_BATCH, len(test))))
+        return np.stack([views.test(held.image(row)) for row in range(len(held))]), held.label_N
+
     right = torch.zeros(2, dtype=torch.float64, device=device)
-    for start in range(0, len(mine), TEST_BATCH):
-        rows = mine[start : start + TEST_BATCH]
-        logits_NK = state.predict(normalised(torch.from_numpy(test.image_NHWC[rows]).to(device)))
+    for image_NHWC, label_N in ahead(batch, starts):
+        logits_NK = state.predict(normalised(torch.from_numpy(image_NHWC).to(device)))
         best_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), 1).indices
-        hit_N5 = best_N5 == torch.from_numpy(test.label_N[rows]).to(device)[:, None]
+        hit_N5 = best_N5 == torch.from_numpy(label_N).to(device)[:, None]
         right += torch.stack([hit_N5[:, 0].sum(), hit_N5.any(1).sum()])
     total = workers.mean([right])[0] * workers.size / len(test)
     return float(total[0]), float(total[1])
+
+
+def ahead(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+    """`work` of each item, in order, done by threads a few items ahead of who asks."""
+    with ThreadPoolExecutor(TEST_THREADS) as pool:
+        waiting: deque[Future[T]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > TEST_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def save(state: TrainState, history: list[dict[str, float]], rank: int, top1: float) -> None:

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from training.recipe import Recipe
 
 LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
-NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warning", "top1", "top5"}
+NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warning"}
 
 
 class Progress:
@@ -58,10 +58,15 @@ class Progress:
 
 
 def describe(message: Mapping[str, Any]) -> str:
-    """Cycle, learning rate, loss and its parts, and speed, in one line."""
-    parts = " ".join(f"{name} {value:.2f}" for name, value in message.items() if name not in NOT_PARTS)
+    """Cycle, learning rate, loss and its parts, speed, and accuracies where there are new ones, in one line."""
+    accuracies = {name: value for name, value in message.items() if name.endswith(("top1", "top5"))}
+    parts = " ".join(
+        f"{name} {value:.2f}" for name, value in message.items() if name not in NOT_PARTS | accuracies.keys()
+    )
+    measured = " ".join(
+        f"{name.replace('_', ' ').replace('top', 'top-')} {100 * value:.1f} %" for name, value in accuracies.items()
+    )
     return (
         f"cycle {message['cycle']} lr {message['lr']:.4f} loss {message['loss']:.2f} ({parts}) "
-        f"{message['images_per_second']:.0f} img/s"
-        + (f" · top-1 {100 * message['top1']:.1f} % top-5 {100 * message['top5']:.1f} %" if "top1" in message else "")
+        f"{message['images_per_second']:.0f} img/s" + (f" · {measured}" if measured else "")
     )

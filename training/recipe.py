@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from pipeline.dataset import Source
-from training.objectives.ieg import ablation, paper, reference, winnow
+from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
 from training.objectives.supervised import Supervised
@@ -110,6 +110,13 @@ class Recipe:
         if not self.evaluate_every:
             return ends
         return ends | frozenset(range(self.evaluate_every, self.schedule.steps, self.evaluate_every))
+
+
+def tuned(objective: Objective, p: float, kl: float) -> Objective:
+    """`objective` with a data set's own weights p and k, where it has those terms."""
+    if not isinstance(objective, Ieg):
+        return objective
+    return dataclasses.replace(objective, p=p, kl=kl if objective.kl else 0.0)
 
 
 def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:

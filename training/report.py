@@ -61,7 +61,9 @@ def draw(results: Mapping[str, Result], path: str) -> None:
     _finish(accuracy, f"Test accuracy, {100 * (rate or 0):.0f} % of training labels wrong", "top-1 (%)")
     accuracy.set_ylim(0, 100)
 
-    curves = coefficients_over_time(result.folder, result.dataset.train)
+    train = result.dataset.train
+    assert isinstance(train, Examples), "right and wrong labels are known only in memory"
+    curves = coefficients_over_time(result.folder, train)
     for axes, name in ((trust, "trust"), (weight, "weight")):
         axes.plot(curves["step"], curves[f"{name}_right"], color=RIGHT, label="labelled right")
         axes.plot(curves["step"], curves[f"{name}_wrong"], color=WRONG, label="labelled wrong")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
+from pipeline import storage
 from pipeline.dataset import InputError
 from training.recipe import Recipe, as_json
 
@@ -17,7 +20,9 @@ class Tracker:
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(f"{folder}/tensorboard")
+            # Event files grow by appending, which object stores cannot do: they are copied whole after every row.
+            self.scratch, self.folder = tempfile.TemporaryDirectory(), f"{folder}/tensorboard"
+            self.writer = SummaryWriter(self.scratch.name)
             return
         require(self.kind)
         if self.kind == "mlflow":
@@ -39,6 +44,9 @@ class Tracker:
             for name, value in figures.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+            fs, path = storage.connect(self.folder)
+            for file in Path(self.scratch.name).iterdir():
+                storage.commit(fs, str(file), storage.join(path, file.name))
         elif self.kind == "mlflow":
             import mlflow
 
@@ -52,6 +60,7 @@ class Tracker:
         """Finish the tracker's own run."""
         if self.kind == "tensorboard":
             self.writer.close()
+            self.scratch.cleanup()
         elif self.kind == "mlflow":
             import mlflow
 

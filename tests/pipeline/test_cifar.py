@@ -106,7 +106,7 @@ def test_both_layouts_give_the_same_data_set(tmp_path, classes):
     for data in (cifar.load(inner, 0), parquet):
         assert_same(outer.train, data.train)
         assert_same(outer.probe, data.probe)
-        assert_same(outer.test, data.test)
+        assert_same(outer.tests["test"], data.tests["test"])
     assert outer.class_names == (CIFAR10_NAMES if classes == 10 else tuple(f"thing {k}" for k in range(100)))
     assert parquet.class_names[-1] == ("truck" if classes == 10 else "class 99")
 
@@ -115,11 +115,11 @@ def test_images_labels_and_ids_keep_the_order_of_the_files(folder):
     data = Cifar(probe_per_class=1).load(str(folder), 0)
     label, image = made(10, TRAIN, 1)
     for examples in (data.train, data.probe):
-        np.testing.assert_array_equal(examples.image_NHWC, image[examples.id_N])
+        np.testing.assert_array_equal(examples.image_N, image[examples.id_N])
         np.testing.assert_array_equal(examples.label_N, label[examples.id_N])
         assert examples.id_N.dtype == examples.label_N.dtype == np.int64
-    np.testing.assert_array_equal(data.test.id_N, TEST_ID_START + np.arange(TEST))
-    np.testing.assert_array_equal(data.test.image_NHWC, made(10, TEST, 2)[1])
+    np.testing.assert_array_equal(data.tests["test"].id_N, TEST_ID_START + np.arange(TEST))
+    np.testing.assert_array_equal(data.tests["test"].image_N, made(10, TEST, 2)[1])
     assert data.notes == ("noise: none 0.00 asked, 0.0 % of labels really wrong",)
     assert data.noise_rate == 0
 
@@ -142,7 +142,7 @@ def test_noise_leaves_the_probe_and_test_clean_and_unchanged(folder, tmp_path):
     for noise in noises(tmp_path):
         noisy = Cifar(noise=noise, probe_per_class=3).load(str(folder), 5)
         assert_same(noisy.probe, clean.probe)
-        assert_same(noisy.test, clean.test)
+        assert_same(noisy.tests["test"], clean.tests["test"])
         np.testing.assert_array_equal(noisy.train.id_N, clean.train.id_N)
         assert noisy.noise_rate
 
@@ -163,7 +163,7 @@ def test_each_kind_of_noise_does_what_it_says(folder, tmp_path):
     assert replaced.sum() == round(0.25 * len(replaced))
     label, image = made(10, TRAIN, 1)
     np.testing.assert_array_equal(open_set.train.label_N, label[open_set.train.id_N])
-    np.testing.assert_array_equal((open_set.train.image_NHWC != image[open_set.train.id_N]).any((1, 2, 3)), replaced)
+    np.testing.assert_array_equal((open_set.train.image_N != image[open_set.train.id_N]).any((1, 2, 3)), replaced)
 
 
 def test_seed_keys_every_draw(folder):
@@ -188,7 +188,7 @@ def test_size_resizes_by_area(folder):
     small = Cifar(probe_per_class=3, size=16).load(str(folder), 0)
     image = made(10, TRAIN, 1)[1][small.train.id_N].astype(float)
     means = image.reshape(-1, 16, 2, 16, 2, 3).mean((2, 4))
-    assert np.abs(small.train.image_NHWC - means).max() <= 0.5
+    assert np.abs(small.train.image_N - means).max() <= 0.5
 
 
 def test_any_fsspec_url_works():
@@ -315,6 +315,6 @@ def test_real_human_labels_are_as_wrong_as_published():
     noise = Noise("labels", source=f"{REAL}/cifar10_labels.npz:cifar10n_worse_label")
     data: Dataset = Cifar(noise=noise, size=8).load(str(REAL), 0)
     assert len(data.train) == 49_900
-    assert len(data.test) == 10_000
+    assert len(data.tests["test"]) == 10_000
     # 40.21 % of all 50,000: the 100 probe images are not among these
     assert data.noise_rate == pytest.approx(0.4021, abs=0.002)

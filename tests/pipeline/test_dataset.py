@@ -17,7 +17,7 @@ def good() -> Dataset:
     return Dataset(
         train=examples(range(4), [0, 1, 2, 0], [0, 1, 1, 1]),
         probe=examples(range(4, 7), [0, 1, 2]),
-        test=examples(range(10, 12), [2, 1]),
+        tests={"test": examples(range(10, 12), [2, 1])},
         class_names=("ant", "bee", "cat"),
     )
 
@@ -26,7 +26,7 @@ def test_a_good_data_set_passes_and_knows_its_noise():
     data = good()
     assert data.check() is data
     assert data.noise_rate == 0.5
-    assert replace(data, train=data.test).noise_rate is None
+    assert replace(data, train=data.tests["test"]).noise_rate is None
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_a_good_data_set_passes_and_knows_its_noise():
     [
         ({"class_names": ("ant",)}, "1 class; classification needs 2"),
         ({"train": examples(range(0), [])}, "train set is empty"),
-        ({"test": examples(range(0), [])}, "test set is empty"),
+        ({"tests": {"test": examples(range(0), [])}}, "test set is empty"),
         ({"train": replace(good().train, id_N=np.array([0, 1, 1, 2]))}, "train set repeats example ids"),
         ({"train": examples(range(2), [0, -1])}, "train set has label -1, outside 0…2"),
-        ({"test": examples(range(10, 12), [0, 3])}, "test set has label 3, outside 0…2"),
+        ({"tests": {"test": examples(range(10, 12), [0, 3])}}, "test set has label 3, outside 0…2"),
         ({"probe": examples(range(4, 6), [0, 2])}, "no trusted example of class bee"),
         ({"train": examples(range(1, 5), [0, 1, 2, 0])}, r"1 probe ids are also in the train set \(first: 4\)"),
-        ({"test": examples(range(6, 8), [0, 1])}, r"1 probe ids are also in the test set \(first: 6\)"),
+        ({"tests": {"test": examples(range(6, 8), [0, 1])}}, r"1 probe ids are also in the test set \(first: 6\)"),
     ],
 )
 def test_check_names_what_is_wrong(change, message):
@@ -54,7 +54,7 @@ def test_take_keeps_rows_together():
     assert taken.label_N.tolist() == [2, 0]
     assert taken.true_label_N is not None
     assert taken.true_label_N.tolist() == [1, 0]
-    assert len(taken) == len(taken.image_NHWC) == 2
+    assert len(taken) == len(taken.image_N) == 2
 
 
 @given(per_class=st.integers(1, 4), seed=st.integers(0, 2**32))

@@ -1,41 +1,26 @@
 import itertools
+import time
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.plan import Plan, Purpose, generator, key, probe_rows, rows
+from pipeline.plan import BLOCK_BYTES, BLOCK_ROWS, Plan, Purpose, chunk_of, generator, key, probe_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@given(count=st.integers(1, 40), seed=SEEDS, epoch=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 79), max_size=4))
-def test_any_split_of_the_stream_reads_every_row_once_an_epoch(count, seed, epoch, cuts):
-    begin, end = epoch * count, (epoch + 2) * count
-    bounds = [begin, *sorted(begin + cut for cut in cuts if begin + cut < end), end]
-    parts = [rows(count, seed, start, stop) for start, stop in itertools.pairwise(bounds)]
-    epochs, order = (np.concatenate(column) for column in zip(*parts, strict=True))
-    np.testing.assert_array_equal(epochs, np.repeat([epoch, epoch + 1], count))
-    for half in (order[:count], order[count:]):
-        np.testing.assert_array_equal(np.sort(half), np.arange(count))
-    whole = rows(count, seed, begin, end)
-    np.testing.assert_array_equal(epochs, whole[0])
-    np.testing.assert_array_equal(order, whole[1])
-    assert epochs.dtype == order.dtype == np.int64
-
-
-@given(count=st.integers(1, 20), start=st.integers(0, 100))
-def test_an_empty_stretch_reads_nothing(count, start):
-    assert [column.tolist() for column in rows(count, 0, start, start)] == [[], []]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [rows(30, seed, 30 * epoch, 30 * epoch + 30)[1] for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    first = [rows(30, 0, 30 * epoch, 30 * epoch + 1)[1][0] for epoch in range(3_000)]
-    counts = np.bincount(first, minlength=30)  # each row leads an epoch equally often: 100 ± 5 standard deviations
-    assert abs(counts - 100).max() < 5 * np.sqrt(100 * 29 / 30)
+def in_steps(plan: Plan) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """(epoch, row) of every group of the plan, by group number."""
+    found = {}
+    for block in range(plan.blocks):
+        for group, epoch_G, row_G in zip(plan.groups_of(block), *plan.rows_of(block), strict=True):
+            assert group not in found
+            found[group] = (epoch_G, row_G)
+    return dict(sorted(found.items()))
 
 
 @given(draws=st.sets(st.tuples(SEEDS, st.sampled_from(Purpose), st.integers(0, 2**40)), min_size=2, max_size=50))
@@ -48,7 +33,7 @@ def test_keys_are_distinct_and_fit_philox(draws):
 def test_keys_of_neighbouring_counters_are_distinct():
     draws = list(itertools.product(range(8), Purpose, range(300)))
     assert len({key(*draw) for draw in draws}) == len(draws)
-    assert len(set(Purpose)) == 5
+    assert len(set(Purpose)) == 6
     assert generator(1, Purpose.VIEWS, 2).integers(2**62) == generator(1, Purpose.VIEWS, 2).integers(2**62)
 
 
@@ -83,15 +68,15 @@ def test_probe_rows_differ_by_group_and_use_every_row():
 
 
 PLANS = st.builds(
-    lambda lanes, group, start, length, chunk, examples: Plan(
-        examples, 5, lanes * group, group, start, start + length, chunk
+    lambda lanes, group, start, length, chunk, row_groups: Plan(
+        np.array(row_groups), 5, lanes * group, group, 0, start, start + length, chunk
     ),
     lanes=st.sampled_from([1, 2, 3, 4, 6]),
     group=st.integers(1, 4),
     start=st.integers(0, 30),
     length=st.integers(0, 25),
     chunk=st.integers(1, 9),
-    examples=st.integers(1, 30),
+    row_groups=st.lists(st.integers(1, 5), min_size=1, max_size=12),
 )
 
 
@@ -105,13 +90,79 @@ def test_blocks_cover_every_group_once(plan):
         assert len({group % plan.lanes for group in held}) == 1  # one lane a block
 
 
-@given(plan=PLANS)
-def test_the_groups_of_a_step_are_its_slice_of_the_stream(plan):
-    for step in range(plan.start, min(plan.stop, plan.start + 3)):
-        parts = [plan.rows_of(step * plan.lanes + lane) for lane in range(plan.lanes)]
-        expected = rows(plan.examples, plan.seed, step * plan.batch, (step + 1) * plan.batch)
-        for column in (0, 1):
-            np.testing.assert_array_equal(np.concatenate([part[column] for part in parts]), expected[column])
+@given(plan=PLANS, epochs=st.integers(1, 3))
+def test_every_row_once_an_epoch(plan, epochs):
+    whole = replace(plan, start=0, stop=-(-epochs * plan.examples // plan.batch))
+    groups = in_steps(whole).values()
+    epoch, row = (np.concatenate(column) for column in zip(*groups, strict=True))
+    # The stream's places e·N … e·N + N − 1 are epoch e, whatever the batch and the block.
+    np.testing.assert_array_equal(epoch, np.arange(len(epoch)) // plan.examples)
+    for e in range(epochs):
+        np.testing.assert_array_equal(np.sort(row[epoch == e]), np.arange(plan.examples))
+
+
+@given(plan=PLANS, later=st.integers(0, 25), beyond=st.integers(0, 9))
+def test_a_plan_resumed_later_or_run_longer_reads_the_same_rows(plan, later, beyond):
+    resumed = replace(plan, start=min(plan.start + later, plan.stop), stop=plan.stop + beyond)
+    before, after = in_steps(plan), in_steps(resumed)
+    for group in before.keys() & after.keys():
+        for one, other in zip(before[group], after[group], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert set(after) == set(range(resumed.start * plan.lanes, resumed.stop * plan.lanes))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        plan = Plan(np.full(10, 3), seed, 10, 5, 0, 3 * epoch, 3 * epoch + 3, 1)
+        return tuple(np.concatenate([row_G for _, row_G in in_steps(plan).values()]))
+
+    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_each_row_leads_an_epoch_equally_often():
+    epochs = 3_000
+    plan = Plan(np.full(6, 5), 0, 30, 30, 0, 0, epochs, 1)
+    first = [int(plan.rows_of(block)[1][0, 0]) for block in range(epochs)]
+    counts = np.bincount(first, minlength=30)  # 100 each, ± 5 standard deviations
+    assert abs(counts - 100).max() < 5 * np.sqrt(100 * 29 / 30)
+
+
+def test_a_row_group_is_read_by_one_block_or_two_at_an_edge():
+    plan = Plan(np.full(256, 16), 3, batch=128, group=32, probe=0, start=0, stop=32, chunk=4)
+    readers: dict[int, set[int]] = {}
+    for block in range(plan.blocks):
+        for group in np.unique(plan.rows_of(block)[1] // 16):
+            readers.setdefault(int(group), set()).add(block)
+    assert max(map(len, readers.values())) == 1  # 128 rows a block are 8 whole row groups
+    uneven = replace(plan, row_groups=np.full(400, 10), stop=31)
+    read = sum(len(np.unique(uneven.rows_of(block)[1] // 10)) for block in range(uneven.blocks))
+    assert read <= 31 * 128 / 10 + uneven.blocks + 1
+
+
+def test_neighbours_in_a_row_group_are_mixed_over_steps():
+    plan = Plan(np.full(256, 16), 3, batch=128, group=32, probe=0, start=0, stop=32, chunk=4)
+    step = np.concatenate([row_G for group, (_, row_G) in in_steps(plan).items() if group < 4])
+    # 128 rows come from the 32 row groups of four blocks, four of each on average, never most of one.
+    assert len(np.unique(step // 16)) > 25
+    assert np.bincount(step // 16).max() <= 12
+
+
+def test_a_million_rows_are_planned_and_resumed_at_once():
+    rows, batch = 1_000_000, 256
+    tracemalloc.start()
+    started = time.perf_counter()
+    plan = Plan(np.full(rows // 16, 16), 0, batch, 32, 32, 0, rows // batch, 4)
+    seen = np.zeros(rows + batch, np.int32)
+    for block in range(plan.blocks):
+        np.add.at(seen, plan.rows_of(block)[1].reshape(-1), 1)
+    assert (seen[:rows] == 1).sum() == plan.stop * batch
+    resumed = replace(plan, start=700_000 // batch)
+    block = plan.blocks - resumed.blocks
+    np.testing.assert_array_equal(resumed.rows_of(0)[1], plan.rows_of(block)[1][resumed.start % 4 :])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6
+    print(f"\nplanned an epoch of a million rows in {time.perf_counter() - started:.2f} s, {peak / 1e6:.0f} MB")
 
 
 @given(plan=PLANS, workers=st.sampled_from([1, 2, 3, 6]))
@@ -129,18 +180,14 @@ def test_by_step_puts_round_robin_blocks_back_into_step_order(plan, workers):
         assert not list(left)
 
 
-@given(plan=PLANS, later=st.integers(0, 25))
-def test_a_plan_resumed_later_reads_the_same_groups(plan, later):
-    start = min(plan.start + later, plan.stop)
-    resumed = Plan(plan.examples, plan.seed, plan.batch, plan.group, start, plan.stop, plan.chunk)
-
-    def steps(of: Plan) -> list[list[int]]:
-        return list(of.by_step((group for block in range(of.blocks) for group in of.groups_of(block)), 1))
-
-    assert steps(resumed) == steps(plan)[start - plan.start :]
+def test_a_block_is_bounded_in_rows_and_bytes():
+    assert chunk_of(50, 3 * 64) == BLOCK_ROWS // 50
+    assert chunk_of(32, 3 * 224 * 224 * 3) * 32 * 3 * 224 * 224 * 3 <= BLOCK_BYTES
+    assert chunk_of(32, 3 * 224 * 224 * 3) == 4
+    assert chunk_of(5_000, 1) == chunk_of(1, 1 << 40) == 1
 
 
-@pytest.mark.parametrize("field", ["examples", "chunk"])
+@pytest.mark.parametrize("field", ["row_groups", "chunk"])
 def test_plans_are_frozen(field):
     with pytest.raises(AttributeError):
-        setattr(Plan(1, 0, 1, 1, 0, 1, 1), field, 2)
+        setattr(Plan(np.ones(1, np.int64), 0, 1, 1, 0, 0, 1, 1), field, 2)

@@ -182,9 +182,9 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
     result = launch.run(recipe(tmp_path, network="wrn-10-1", workers=2, schedule=short), Console(file=io.StringIO()))
     model = networks.build("wrn-10-1", 1, 10, seed=1).eval()
     model.load_state_dict(weights(result.folder))
-    test = result.dataset.test
+    test = result.dataset.tests["test"]
     with torch.no_grad():
-        answer_N = model(normalised(torch.from_numpy(test.image_NHWC))).argmax(1).numpy()
+        answer_N = model(normalised(torch.from_numpy(test.image_N))).argmax(1).numpy()
     assert result.top1 == pytest.approx((answer_N == test.label_N).mean(), abs=1.5 / len(test))
 
 
@@ -200,13 +200,13 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_ray_starts(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_connect", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch.compute, "join", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(InputError, match=message):
         launch.run(recipe(tmp_path, **changes), Console(file=io.StringIO()))
 
 
 def test_unreadable_checkpoint_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_connect", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch.compute, "join", lambda **_: pytest.fail("Ray was started"))
     folder = tmp_path / "run"
     (folder / "step_00000005").mkdir(parents=True)
     (folder / "step_00000005" / "state.pt").write_bytes(b"half a file")

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from training.objectives.ieg import Ieg, ablation, paper, reference
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
 from training.objectives.supervised import Supervised
-from training.recipe import METHODS, Recipe, as_json, parse
+from training.recipe import METHODS, Recipe, as_json, parse, tuned
 
 TABLE_9 = [f"M-{number}" for number in range(1, 11)]
 
@@ -209,3 +210,19 @@ def test_as_json_is_plain_and_names_its_kinds(method):
 def test_supervised_has_one_field():
     assert [field.name for field in dataclasses.fields(Supervised)] == ["average_parameters"]
     assert not math.isnan(Ieg().p)
+
+
+@pytest.mark.parametrize(
+    ("script", "p", "kl"), [("webvision", 4, 8), ("clothing1m", 1, 3.5), ("food101n", 1, 14), ("custom", 1, 4)]
+)
+def test_scripts_of_photographs_have_their_weights_in_every_method_that_knows_them(script, p, kl):
+    made = importlib.import_module(f"training.{script}")
+    for method in METHODS:
+        recipe = made.recipe(method)
+        assert recipe.name == recipe.dataset.dataset == script
+        if isinstance(recipe.objective, Ieg):
+            assert recipe.objective.p == p
+            assert recipe.objective.kl in (0, kl)
+        assert all(recipe.groups % workers == 0 for workers in (1, 2, 4))
+    assert made.recipe("reference").objective.kl == kl
+    assert tuned(Supervised(), p=1, kl=2) == Supervised()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline import storage
 from pipeline.dataset import InputError
 from training import tracking
 from training.digits import recipe
@@ -18,11 +19,16 @@ def log(kind: str, folder: str) -> None:
     tracker.close()
 
 
-def test_tensorboard_event_files(tmp_path):
+@pytest.mark.parametrize("place", ["local", "cloud"])
+def test_tensorboard_event_files(tmp_path, place, request):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log("tensorboard", str(tmp_path))
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    folder = f"{tmp_path}/run" if place == "local" else request.getfixturevalue("bucket") + "/run"
+    log("tensorboard", folder)
+    fs, path = storage.connect(f"{folder}/tensorboard")
+    (name,) = fs.ls(path, detail=False)
+    (tmp_path / name.rpartition("/")[2]).write_bytes(storage.read(fs, name))
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("top1")] == [(5, 0.25), (9, 0.5)]
 
 

@@ -1,0 +1,240 @@
+"""Look a raw data set over before hours are spent on it: lists, files, labels, trusted images, and a sample of images.
+
+    python -m pipeline.check webvision gs://raw/webvision --imagenet gs://raw/imagenet
+
+Prints one line a finding, with what to do about it. Exit status: 0 where nothing stands in the way, 1 where something
+does, 2 for a wrong command. `python -m pipeline.check DATASET --help` shows the flags of a data set.
+
+Shapes: N images, K classes, S sampled images.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import command
+from pipeline.cifar import Cifar
+from pipeline.dataset import InputError
+from pipeline.images import Rejected, check_image, decode
+from pipeline.layout import Finding, Layout, Listing
+from pipeline.raw import fetch
+
+REJECT = 0.01  # share of unusable images at which ingest stops, unless told otherwise
+SMALL_VERSION = 256  # px: short side of the smaller of the two versions in which WebVision is distributed
+IMBALANCE = 10  # times as many images in the largest class as in the smallest: worth a note
+RUN = 16  # sampled rows that stay together in Parquet, whose row groups are read whole
+MARKS = {"ok": ("✓", "green"), "note": ("•", "cyan"), "warning": ("!", "yellow"), "error": ("✗", "red")}
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """CIFAR-10 or CIFAR-100: torchvision's folder, or Parquet. It is small, and trains without ingest."""
+
+    name: ClassVar[str] = "cifar"
+
+    classes: Literal[10, 100] = 10
+    """CIFAR-10 or CIFAR-100."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is looked at."""
+
+    sample: int = 200
+    """Images to read and decode, of all splits together; 0 reads none."""
+
+    def __post_init__(self) -> None:
+        if self.sample < 0:
+            raise ValueError(f"sample is {self.sample}: it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found; `listing` is what the data set's lists say, where it has lists."""
+
+    findings: tuple[Finding, ...]
+    listing: Listing | None = None
+
+    def count(self, level: str) -> int:
+        """Number of findings of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+
+def check(layout: Layout | CifarFiles, url: str, sample: int = 200) -> Report:
+    """What is to be said of the raw data set at `url`; `sample` images of all its splits are read and decoded.
+
+    Raises InputError where a list is missing or wrong, so that nothing more can be said.
+    """
+    if isinstance(layout, CifarFiles):
+        return Report(tuple(_of_cifar(layout, url)))
+    listing = layout.listing(url, look_around=True)
+    findings = [*_of_counts(listing), *_of_classes(listing), *_of_files(listing), *_of_images(listing, sample)]
+    # A layout may know a better mend for what is found here too: the same words are said once, by the layout.
+    unique = {finding.what: finding for finding in (*findings, *listing.findings)}
+    return Report(tuple(unique.values()), listing)
+
+
+def _of_cifar(layout: CifarFiles, url: str) -> Iterator[Finding]:
+    data = Cifar(layout.classes).load(url, seed=0)
+    yield from (
+        _of_count(split, count, published)
+        for split, count, published in (
+            ("train", len(data.train) + len(data.probe), 50_000),
+            ("test", len(data.tests["test"]), 10_000),
+        )
+    )
+    yield Finding("ok", f"{len(data.class_names)} classes, all images decoded")
+
+
+def _of_counts(listing: Listing) -> Iterator[Finding]:
+    for split in listing.splits:
+        yield _of_count(split, listing.count(split), listing.expected.get(split))
+    if "train" not in listing.splits:
+        yield Finding("error", "no training images", "check the path and the lists")
+    if not set(listing.splits) - {"train", "probe"}:
+        yield Finding("error", "no evaluation set", "give one: without it nobody knows how good a model is")
+
+
+def _of_count(split: str, count: int, published: int | None) -> Finding:
+    if published is None:
+        return Finding("ok", f"{split}: {count:,} images")
+    if count == published:
+        return Finding("ok", f"{split}: {count:,} images, as published")
+    mend = "copy the lists again, or go on if you mean to use other images"
+    return Finding("warning", f"{split}: {count:,} images, {published:,} are published", mend)
+
+
+def _of_classes(listing: Listing) -> Iterator[Finding]:
+    names = listing.class_names
+    train_K, probe_K = (_per_class(listing, split) for split in ("train", "probe"))
+    yield Finding("ok", f"{len(names):,} classes")
+    if not train_K.all():
+        mend = "check the lists, or take these classes out"
+        yield Finding("warning", f"no training image of {_some_classes(names, train_K == 0)}", mend)
+    filled_K = train_K[train_K > 0]
+    if len(filled_K):
+        uneven = filled_K.max() > IMBALANCE * filled_K.min()
+        yield Finding("note" if uneven else "ok", f"train: {_spread(filled_K)} images a class")
+    if not probe_K.all():
+        mend = "give at least one of each: the method learns from them which labels are wrong"
+        yield Finding("error", f"no trusted image of {_some_classes(names, probe_K == 0)}", mend)
+    if probe_K.any():
+        yield Finding("ok", f"probe: {_spread(probe_K)} trusted images a class")
+
+
+def _per_class(listing: Listing, split: str) -> np.ndarray:
+    label_N = listing.table.filter(pc.equal(listing.table["split"], split))["label"].to_numpy()
+    return np.bincount(label_N, minlength=len(listing.class_names))
+
+
+def _some_classes(names: Sequence[str], chosen_K: np.ndarray) -> str:
+    chosen = [name for name, one in zip(names, chosen_K, strict=True) if one]
+    return f"{len(chosen)} of {len(names)} classes ({', '.join(chosen[:5])})"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():,} to {values.max():,} (median {np.median(values):,.0f})"
+
+
+def _of_files(listing: Listing) -> Iterator[Finding]:
+    table = listing.table
+    for split in listing.splits:
+        part = table.filter(pc.equal(table["split"], split))
+        missing = part.filter(pc.is_null(part["file"]))["key"]
+        if len(missing):
+            level: Literal["error", "warning"] = "error" if len(missing) > REJECT * len(table) else "warning"
+            what = f"{split}: {len(missing):,} of {len(part):,} images are not there (such as {missing[0]})"
+            yield Finding(level, what, f"copy them, or their archive; ingest leaves out up to {REJECT:.0%} of all")
+    if listing.unlisted > 0:
+        yield Finding("note", f"{listing.unlisted:,} image files are in no list", "they are left out")
+
+
+def _of_images(listing: Listing, sample: int) -> Iterator[Finding]:
+    rows = _sampled(listing, sample)
+    short_sides = []  # of training images, px
+    rejected: dict[str, list[str]] = {}  # reason -> keys
+    for key, split, raw in zip(rows["key"].to_pylist(), rows["split"].to_pylist(), fetch(rows), strict=True):
+        image = _looked_at(raw)
+        if isinstance(image, Rejected):
+            rejected.setdefault(str(image), []).append(key)
+        elif split == "train":
+            short_sides.append(min(image.shape[:2]))
+    if count := sum(map(len, rejected.values())):
+        reasons = "; ".join(f"{len(keys)} {reason} ({keys[0]})" for reason, keys in rejected.items())
+        share = count / len(rows)
+        what = f"{count} of {len(rows)} sampled images cannot be used: {reasons}"
+        mend = f"copy them again; ingest stops where more than {REJECT:.0%} of all are unusable (--reject)"
+        yield Finding("error" if share > REJECT else "warning", what, mend)
+    elif len(rows):
+        yield Finding("ok", f"{len(rows)} sampled images are whole")
+    if short_sides:
+        median = int(np.median(short_sides))
+        version = f"the {SMALL_VERSION}-px version" if median == SMALL_VERSION else "originals"
+        yield Finding("ok", f"train: {version}, short side {_spread(np.array(short_sides))} px")
+
+
+def _looked_at(raw: bytes | Rejected) -> np.ndarray | Rejected:
+    # HWC as ingest would store it at full size.
+    if isinstance(raw, Rejected):
+        return raw
+    try:
+        return decode(check_image(raw))
+    except Rejected as reason:
+        return reason
+
+
+def _sampled(listing: Listing, sample: int) -> pa.Table:
+    # Rows of the table that have a file, as many of each split, evenly over its list; of Parquet a few runs.
+    table = listing.table.filter(pc.is_valid(listing.table["file"]))
+    chosen = [table.slice(0, 0)]
+    for split in listing.splits:
+        part = table.filter(pc.equal(table["split"], split))
+        run = RUN if len(part) and part["how"][0].as_py() == "row" else 1
+        starts = np.linspace(0, len(part), -(-sample // (run * len(listing.splits))), endpoint=False, dtype=np.int64)
+        rows_S = np.unique(starts[:, None] + np.arange(run))
+        chosen.append(part.take(pa.array(rows_S[rows_S < len(part)])))
+    return pa.concat_tables(chosen)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console) -> None:
+    """Print one row a finding, and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in report.findings:
+        table.add_row(Text(*MARKS[finding.level]), Text(finding.what), Text(finding.mend))
+    console.print(table)
+    errors, warnings = report.count("error"), report.count("warning")
+    verdict = f"{errors} to mend first" if errors else "ready"
+    mark, colour = MARKS["error" if errors else "ok"]
+    console.print(Text(f"{mark} {verdict}, {warnings} warnings", colour))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check what the command line names; the exit status."""
+    layouts = {**command.LAYOUTS, CifarFiles.name: CifarFiles}
+    chosen = command.parse("pipeline.check", __doc__, layouts, Options, arguments)
+    try:
+        report = check(chosen.layout, chosen.url, chosen.options.sample)
+    except (InputError, ConnectionError) as error:  # nothing more can be said
+        report = Report((Finding("error", str(error)),))
+    show(report, Console(highlight=False))
+    return 1 if report.count("error") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

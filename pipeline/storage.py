@@ -1,0 +1,234 @@
+"""Files on any fsspec URL, local or in the cloud: read, write and commit, with one policy for what fails.
+
+What a second try may mend is tried again. What it cannot mend is one line at once, for the person who can. Drivers'
+own messages are not passed on: they run over many lines, and may hold signed query strings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import re
+import uuid
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any, TypeVar
+
+import aiohttp
+import fsspec
+import requests
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+
+from pipeline.dataset import InputError
+
+TRIES = 5  # gcsfs has rounds of its own within each: six requests over 31 s, for what its servers refuse
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between tries: doubled each time, up to the longest, plus jitter
+
+# Here an object appears only once its upload is finished, and folders are but parts of names. (To ask gcsfs for a
+# folder in a bucket that is not there would make the bucket.)
+OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az"}
+
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_ERRNO = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH}
+_TRANSIENT_TYPES = (
+    ConnectionError,
+    TimeoutError,
+    asyncio.TimeoutError,  # another class than TimeoutError until Python 3.11
+    HTTPException,
+    aiohttp.ClientError,
+    requests.RequestException,
+)
+
+Result = TypeVar("Result")
+
+# gcsfs logs a traceback for each failure that it raises: it is told once, by whoever catches it.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `url` (a local path or any fsspec URL), and the path in it, without a final slash.
+
+    Raises InputError for an unknown scheme, a missing driver package, or credentials that cannot be used.
+    """
+    if not url:
+        raise InputError("no path is given: give a local path or a URL such as gs://bucket/folder")
+    try:
+        # No cache of listings: other processes write here too.
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise InputError(f"cannot open {_shown(url)}, its driver is missing: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # drivers raise what they like
+        if str(error).startswith("Protocol not known"):
+            raise InputError(
+                f"cannot open {_shown(url)}: its scheme is unknown: give a local path or a URL such as gs://bucket/folder"
+            ) from None
+        raise InputError(
+            f"cannot open {_shown(url)} ({type(error).__name__}): check the URL and the credentials of this machine"
+        ) from None
+    if is_object_store(fs) and not path.strip("/"):
+        raise InputError(f"{url} names no bucket: give a URL such as gs://bucket/folder")
+    return fs, path.rstrip("/") or path
+
+
+def join(url: str, name: str) -> str:
+    """The URL of `name` in the folder `url`."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def read(fs: Any, path: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes of a file, or those from `start` to before `end`. Raises as `attempt` does."""
+    return attempt(fs, path, lambda: fs.cat_file(path, start=start, end=end))
+
+
+def exists(fs: Any, path: str) -> bool:
+    """Whether there is such a file or folder. Raises as `attempt` does, but for a file that is not there."""
+    try:
+        attempt(fs, path, lambda: fs.info(path))  # fs.exists says "no" to every failure, also to a forbidden one
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def write(fs: Any, path: str, data: bytes) -> None:
+    """Write `data` to `path`, making its folders; the name never holds a part of it. Raises as `attempt` does."""
+    _land(fs, path, lambda place: fs.pipe_file(place, data))
+
+
+def commit(fs: Any, local_path: str, path: str) -> None:
+    """Upload the finished local file to `path`; the name never holds a part of it. Raises as `attempt` does."""
+    _land(fs, path, lambda place: fs.put_file(local_path, place))
+
+
+def require_writable(url: str) -> None:
+    """Raise InputError, at once and not after hours of work, where files cannot be written to the folder `url`."""
+    fs, path = connect(url)
+    marker = f"{path}/.writable-{uuid.uuid4().hex[:12]}"
+    try:
+        write(fs, marker, b"may be deleted")
+        attempt(fs, marker, lambda: fs.rm_file(marker))
+    except FileNotFoundError:  # what /proc says
+        raise InputError(f"cannot write to {_shown(url)}: choose another folder") from None
+
+
+def is_object_store(fs: Any) -> bool:
+    """Whether objects appear whole or not at all, and folders need not be made."""
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return not OBJECT_STORES.isdisjoint(protocols)
+
+
+def attempt(fs: Any, path: str, act: Callable[[], Result]) -> Result:
+    """What `act` returns, which uses `path` of `fs`; transient failures are tried again, a bounded number of times.
+
+    Raises FileNotFoundError at once where the file is missing, InputError at once where no other try would help (no
+    such bucket, no permission, a folder in place of a file, a full disk), and ConnectionError after the last try.
+    """
+    again = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
+        reraise=True,
+    )
+    try:
+        return again(act)
+    except FileNotFoundError:
+        if is_object_store(fs):
+            _require_bucket(fs, path)
+        raise
+    except InputError:
+        raise
+    except Exception as error:  # drivers raise what they like
+        place = _shown(fs.unstrip_protocol(path))
+        if _is_transient(error):
+            raise ConnectionError(
+                f"{place} could not be reached in {TRIES} tries ({_reason(error)}): check the network, then run again"
+            ) from None
+        raise InputError(f"cannot use {place} ({_reason(error)}): {_mend(error)}") from None
+
+
+def _land(fs: Any, path: str, upload: Callable[[str], None]) -> None:
+    # Have `upload` bring all bytes to a place, then give them their name: on object stores that is one act.
+    if is_object_store(fs):
+        attempt(fs, path, lambda: upload(path))
+        return
+    part = f"{path}.{uuid.uuid4().hex[:12]}.part"
+    attempt(fs, path, lambda: fs.makedirs(fs._parent(path), exist_ok=True))
+    try:
+        attempt(fs, path, lambda: upload(part))
+        attempt(fs, path, lambda: fs.mv(part, path))
+    except BaseException:
+        with contextlib.suppress(Exception):  # it may not be there, and the first failure is the one to tell
+            fs.rm_file(part)
+        raise
+
+
+def _require_bucket(fs: Any, path: str) -> None:
+    bucket = path.split("/", 1)[0]
+    try:
+        if path != bucket:
+            attempt(fs, bucket, lambda: fs.info(bucket))
+            return
+    except FileNotFoundError:
+        pass
+    raise InputError(f"there is no bucket {_shown(fs.unstrip_protocol(bucket))}: check its name, or make it first")
+
+
+# ---- what a failure means: all that is known of drivers' errors ------------------------------------------------------
+
+
+def _is_transient(error: BaseException) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    if isinstance(error, ValueError):  # a wrong URL, which aiohttp and requests count among their failures too
+        return False
+    # `retryable` is google.auth's own word
+    return (
+        isinstance(error, _TRANSIENT_TYPES)
+        or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO)
+        or getattr(error, "retryable", False) is True
+    )
+
+
+def _is_denied(error: BaseException) -> bool:
+    # gcsfs turns 403 into a plain OSError, of which only the text tells.
+    return isinstance(error, PermissionError) or _status(error) in (401, 403) or str(error).startswith("Forbidden")
+
+
+def _status(error: BaseException) -> int | None:
+    # The HTTP status of an answer: `code` in gcsfs and google, `status` in aiohttp, `response` in requests.
+    for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
+        value = getattr(holder, name, None)
+        if str(value).isdecimal():
+            return int(str(value))
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    if _is_denied(error):
+        return "permission denied"
+    if (status := _status(error)) is not None:
+        return f"HTTP {status}"
+    if isinstance(error, OSError) and error.errno is not None and error.strerror and "://" not in error.strerror:
+        return error.strerror.splitlines()[0]
+    return type(error).__name__
+
+
+def _mend(error: BaseException) -> str:
+    if _is_denied(error):
+        return "check its permissions and the credentials of this machine"
+    if isinstance(error, NotImplementedError):
+        return "this kind of storage cannot do that; choose another"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space there"
+    if "requester pays" in str(error):
+        return "its bucket bills the reader: copy the data to a bucket of yours"
+    return "check the path"
+
+
+def _shown(url: str) -> str:
+    # The URL without what may be secret: user and password, signed query; a local path as it was given.
+    if "://" not in url:
+        return url
+    return re.sub(r"//[^/@]*@", "//", url.split("?", 1)[0]).removeprefix("file://")

@@ -1,0 +1,149 @@
+"""The real layouts from raw files to a trained model: check, ingest to cloud storage, two epochs, id for id.
+
+Photographs and lists are real ones where ../shared/data is there, and small made-up ones where it is not.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from pipeline.check import check
+from pipeline.clothing1m import Clothing1M
+from pipeline.custom import Custom
+from pipeline.food101n import Food101N
+from pipeline.index import Sharded, read_index
+from pipeline.layout import Layout, stable_ids
+from pipeline.shards import Options, ingest
+from pipeline.webvision import WebVision
+from tests.pipeline import layouts
+from training import ledger
+from training.launch import run
+from training.objectives.ieg import winnow
+from training.recipe import Recipe
+from training.schedule import Schedule
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+BATCH, GROUP = 6, 3
+
+
+def photographs(file: str, column: str, classes: int, per_class: int, size: int) -> layouts.Images:
+    """Real photographs, `per_class` of each of `classes` labels in the file's order; made-up ones without the file."""
+    if not (DATA / file).exists():
+        return layouts.photos(classes, per_class, size)
+    table = pq.ParquetFile(DATA / file).read_row_groups([0, 1])
+    images = iter(table[column].to_pylist())
+    return [[next(images) for _ in range(per_class)] for _ in range(classes)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout: who writes it, who reads it, and which of its sets are evaluated."""
+
+    write: Callable[[str], layouts.Written]
+    layout: Callable[[str], Layout]
+    folder: str
+    roots: dict[str, str]  # split → the name that its ids begin with, where it is not the layout's
+    evaluate: tuple[str, ...]
+
+
+def webvision(root: str) -> layouts.Written:
+    real = DATA / "webvision" / "synsets.txt"
+    synsets = real.read_text().splitlines() if real.exists() else None
+    images = photographs("imagenette_64.parquet", "image_jpeg", 50, 7, 64)
+    written = layouts.write_webvision(root, images, synsets=synsets)
+    del written["flickr"]  # not of the mini version
+    return written
+
+
+def clothing1m(root: str) -> layouts.Written:
+    real = DATA / "clothing1m" / "clean_train_key_list.txt"
+    keys = real.read_text().splitlines()[::500] if real.exists() else None  # from all of its folders
+    images = photographs("clothing_photos.parquet", "image_jpeg", 14, 6, 40)
+    return layouts.write_clothing1m(root, images, archives=True, keys=keys)
+
+
+def food101n(root: str) -> layouts.Written:
+    return layouts.write_food101n(root, photographs("food101_slice.parquet", "image_jpeg", 10, 9, 40), archives=True)
+
+
+def custom(root: str) -> layouts.Written:
+    images = layouts.photos(3, 8)
+    written: layouts.Written = {"train": {}, "probe": {}, "test": {}}
+    for k, of_class in enumerate(images):
+        for number, image in enumerate(of_class):
+            split = {0: "probe", 1: "test"}.get(number, "train")
+            written[split][f"{split}/ölass, {k}/{number}.jpg"] = k, image
+    layouts.write(root, {key: image for part in written.values() for key, (_, image) in part.items()})
+    return written
+
+
+CASES = {
+    "webvision": Case(
+        webvision, lambda root: WebVision(imagenet=f"{root}/imagenet", probe_per_class=2), "/webvision",
+        {"probe": "imagenet", "imagenet": "imagenet"}, ("imagenet", "val"),
+    ),
+    "clothing1m": Case(clothing1m, lambda _: Clothing1M(), "", {}, ("test", "val")),
+    "food101n": Case(
+        food101n, lambda root: Food101N(food101=f"{root}/food101", spool=f"{root}/spool"), "/food101n",
+        {"test": "food101"}, ("test", "val"),
+    ),
+    "custom": Case(custom, lambda _: Custom(), "", {}, ("test",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_from_raw_files_to_a_model(name, bucket, tmp_path, local_ray):
+    case, console = CASES[name], Console(file=io.StringIO(), width=300)
+    raw, out = f"{bucket}/raw", f"{bucket}/shards/{name}"
+    written = case.write(raw)
+    layout = case.layout(raw)
+
+    report = check(layout, raw + case.folder, sample=20)
+    assert report.count("error") == 0, report.findings
+
+    index = ingest(layout, raw + case.folder, Options(out), console)
+    assert {split: index.count(split) for split in index.splits} == {
+        split: len(part) for split, part in written.items()
+    }
+    assert index.rejected == 0
+    of_id = {
+        split: dict(zip(stable_ids(case.roots.get(split, name), part).tolist(), part.values(), strict=True))
+        for split, part in written.items()
+    }
+    for split, part in of_id.items():
+        stored = index.of(out, split)
+        held = stored.take(range(len(stored)))
+        found = zip(held.id_N.tolist(), held.label_N.tolist(), held.image_N.to_pylist(), strict=True)
+        assert {id_: (label, image) for id_, label, image in found} == part
+
+    count = len(written["train"])
+    steps = -(-2 * count // BATCH)
+    recipe = Recipe(
+        name=name,
+        dataset=Sharded(name, evaluate=case.evaluate, size=24),
+        objective=winnow(),
+        data=out,
+        storage=f"{bucket}/runs",
+        network="wrn-10-1",
+        schedule=Schedule(first_cycle=steps, cycles=1),
+        batch=BATCH,
+        probe_batch=BATCH,
+        group=GROUP,
+        workers=0,
+    )
+    result = run(recipe, console)
+    table = ledger.read(result.folder).sort_by("step").to_pylist()[: 2 * count]
+    for epoch in (0, 1):
+        seen = {row["id"]: row["label"] for row in table if row["epoch"] == epoch}
+        assert len(seen) == sum(row["epoch"] == epoch for row in table) == count
+        assert seen == {id_: label for id_, (label, _) in of_id["train"].items()}
+    first, *others = case.evaluate
+    assert {"top1", "top5", *(f"{other}_top1" for other in others)} <= result.history[-1].keys()
+    assert first not in str(result.history[-1].keys())
+    assert f"{count:,} noisy and {len(written['probe']):,} trusted images" in console.file.getvalue()
+    assert read_index(out) == index
