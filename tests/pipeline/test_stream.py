@@ -1,5 +1,6 @@
 """The stream through real Ray Data: same rows, same views, same order, whatever the number of workers and actors."""
 
+import tracemalloc
 from dataclasses import replace
 
 import cv2
@@ -12,6 +13,7 @@ from pipeline.dataset import Examples
 from pipeline.plan import Plan
 from pipeline.stream import groups, make_block, preserved_order, stream
 from pipeline.views import DigitsViews, PhotoViews
+from tests.pipeline.test_index import write
 
 PLAN = Plan(np.ones(37, np.int64), seed=3, batch=20, group=5, probe=2, start=2, stop=9, chunk=3)
 
@@ -100,3 +102,22 @@ def test_each_worker_gets_its_lanes_in_plan_order(examples, probe, local_ray, wo
             for lane, group in zip(range(rank, 4, workers), held, strict=True):
                 for column, values in made[step * 4 + lane].items():
                     np.testing.assert_array_equal(group[column], values)
+
+
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, probe):
+    def peak(shards: int) -> int:
+        index = write(f"{tmp_path}/{shards}", {"train": [32] * shards}, encoded=photo)
+        train = index.of(f"{tmp_path}/{shards}", "train")
+        plan = Plan(train.row_groups, 3, batch=16, group=8, probe=2, start=0, stop=2 * shards, chunk=4)
+        tracemalloc.start()
+        for block in range(plan.blocks):
+            make_block(train, pictures, PhotoViews(size=128), plan, block)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    image_NHWC = np.random.default_rng(2).integers(0, 256, (10, 20, 30, 3), np.uint8)
+    photo = cv2.imencode(".jpg", image_NHWC[0])[1].tobytes()
+    pictures = Examples(np.arange(10), np.arange(10), image_NHWC)
+    peak(2)  # whatever is made once
+    assert peak(50) < 1.1 * peak(5)
