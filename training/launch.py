@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
 import ray
+import ray.data
 import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from pipeline import compute
+from pipeline import compute, storage
 from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
-from training import networks, tracking
-from training.loop import Job, train
-from training.monitor import NotFiniteError
+from training import checkpoint, networks, tracking
+from training.loop import FAILURE, NOTES, Job, read_note, train
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
 
 # What may differ when a run is resumed; everything else decides the result.
-FREE_TO_CHANGE = ("workers", "actors", "device", "tracker", "data", "storage")
+FREE_TO_CHANGE = (
+    "workers", "actors", "device", "tracker", "data", "storage", "checkpoint_steps", "checkpoint_minutes", "timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,14 @@ def guarded(work: Callable[[], Any]) -> None:
     """Do `work`; what the user can mend ends the program with one line instead of a traceback."""
     try:
         work()
-    except (InputError, NotFiniteError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (
+        InputError,
+        FileNotFoundError,
+        ModuleNotFoundError,
+        ConnectionError,
+        ray.train.TrainingFailedError,
+    ) as error:
         sys.exit(_one_line(error))
-    except ray.train.TrainingFailedError as error:
-        # Ray wraps what a worker raised, and has no public way back to it.
-        failures = [
-            getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()
-        ]
-        known = [failure for failure in failures if isinstance(failure, (NotFiniteError, ValueError))]
-        sys.exit(_one_line(known[0] if known else error))
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on from the last checkpoint")
 
@@ -94,7 +97,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
-    done = _resume_point(folder, recipe)
+    done = _resume_point(folder, recipe, console)
     start = int(done["step"])
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
@@ -105,7 +108,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     if start == recipe.schedule.steps:
         return Result(folder, done["history"], dataset)
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
-    compute.join(cpus=recipe.workers + recipe.actors + 1)
+    compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     views = recipe.dataset.views
     view = views.test(dataset.probe.image(0))
     probe_group = recipe.probe_batch // recipe.groups
@@ -115,35 +118,52 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         batch=recipe.batch,
         group=recipe.group,
         probe=probe_group,
-        start=start,
+        start=0,
         stop=recipe.schedule.steps,
         chunk=chunk_of(recipe.group, view.nbytes * (2 + probe_group / recipe.group)),
     )
     train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
     tests = {name: ray.put(test) for name, test in dataset.tests.items()}
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
     job = Job(recipe, plan, tests, view.shape[-1], dataset.class_names, folder, queue)
+
+    def remaining() -> ray.data.Dataset:
+        # Ray Train asks again at every start of the workers, who look for the same checkpoint.
+        saved = checkpoint.latest(folder, warn=lambda _: None)
+        plan_left = replace(plan, start=saved["step"] if saved else 0)
+        return stream(train_ref, probe_ref, views, plan_left, recipe.actors)
+
     use_gpu = _use_gpu(recipe, console)
     filesystem, path = _ray_storage(folder)
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=recipe.timeout),
         scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=recipe.name,
             storage_path=os.path.dirname(path),
             storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            # The loop itself gives up where it gets no further, or where a person must mend something.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
         ),
-        datasets={"train": lambda: stream(train_ref, probe_ref, views, plan, recipe.actors)},
+        datasets={"train": remaining},
         dataset_config=ray.train.DataConfig(execution_options=preserved_order(), enable_shard_locality=False),
     )
     with Progress(recipe, console) as progress:
-        history = _fit(trainer, queue, progress)
-    return Result(folder, history, dataset)
+        try:
+            said = _fit(trainer, queue, progress)
+        except ray.train.TrainingFailedError:
+            if told := read_note(folder, FAILURE):
+                raise InputError(told) from None
+            raise
+    if "error" in said:
+        raise InputError(said["error"])
+    return Result(folder, said["history"], dataset)
 
 
-def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> list[dict[str, float]]:
+def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> dict[str, Any]:
     """Run the trainer while a thread shows what rank 0 tells."""
     finished = threading.Event()
 
@@ -164,13 +184,11 @@ def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> list[dict[s
 
 def _use_gpu(recipe: Recipe, console: Console) -> bool:
     """Whether workers get a GPU each; says so. Raises InputError where this machine alone lacks the GPUs asked for."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(recipe.workers, 1))
-    if recipe.device == "gpu" and gpus < recipe.workers and "RAY_ADDRESS" not in os.environ:
-        raise InputError(
-            f"{recipe.workers} workers want a GPU each and this machine has {gpus}: set --device or --workers"
-        )
-    place = f"{recipe.workers} workers" if recipe.workers else "this process"
+    gpus, least, most = int(ray.cluster_resources().get("GPU", 0)), recipe.least_workers, recipe.most_workers
+    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(least, 1))
+    if recipe.device == "gpu" and gpus < least and "RAY_ADDRESS" not in os.environ:
+        raise InputError(f"{least} workers want a GPU each and this machine has {gpus}: set --device or --workers")
+    place = "this process" if most == 0 else f"{most} workers" if least == most else f"{least} to {most} workers"
     console.print(f"{recipe.name}: training in {place} on {'GPU' if use_gpu else 'CPU'}", highlight=False)
     return use_gpu
 
@@ -197,43 +215,29 @@ def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
-def _resume_point(folder: str, recipe: Recipe) -> dict[str, Any]:
+def _resume_point(folder: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     """The checkpoint of an earlier run of this recipe, or step 0; from the first on, the folder belongs to that recipe.
 
-    Raises InputError where it belongs to another one, or where its checkpoint cannot be read.
+    Raises InputError where it belongs to another one.
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
     wanted = json.loads(json.dumps(wanted))
-    filesystem, path = fsspec.core.url_to_fs(f"{folder}/recipe.json")
-    checkpoint = _checkpoint(folder)
-    if not checkpoint["step"]:
-        filesystem.pipe_file(path, json.dumps(wanted, indent=2).encode())
-        return checkpoint
-    made_with = json.loads(filesystem.cat_file(path))
+    fs, path = storage.connect(folder)
+    for name in NOTES:  # of an earlier start; a person has come since
+        with contextlib.suppress(FileNotFoundError):
+            storage.attempt(fs, path, functools.partial(fs.rm_file, storage.join(path, name)))
+    saved = checkpoint.latest(
+        folder, lambda warning: console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    )
+    recipe_file = storage.join(path, "recipe.json")
+    if saved is None:
+        storage.write(fs, recipe_file, json.dumps(wanted, indent=2).encode())
+        return {"step": 0}
+    made_with = json.loads(storage.read(fs, recipe_file))
     different = [name for name in wanted if wanted[name] != made_with.get(name)]
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
-    return checkpoint
-
-
-def _checkpoint(folder: str) -> dict[str, Any]:
-    """The latest checkpoint that Ray Train committed, or step 0; raises InputError where it cannot be read."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    snapshot = f"{path}/checkpoint_manager_snapshot.json"
-    if not filesystem.exists(snapshot):
-        return {"step": 0}
-    name = "snapshot"
-    try:
-        latest = json.loads(filesystem.cat_file(snapshot))["latest_checkpoint_result"]
-        if latest is None:
-            return {"step": 0}
-        name = latest["checkpoint_dir_name"]
-        with filesystem.open(f"{path}/{name}/state.pt", "rb") as file:
-            return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch and json raise many kinds for a damaged file
-        raise InputError(
-            f"checkpoint {folder}/{name} cannot be read ({type(error).__name__}): remove {folder}, or choose --name"
-        ) from error
+    return saved
 
 
 def _check_network(recipe: Recipe) -> None:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from pipeline import storage
+from pipeline.dataset import InputError
 from training.objectives.interface import Coefficients
 
 FOLDER = "ledger"
@@ -38,10 +40,13 @@ class Ledger:
             }
         )
 
-    def flush(self) -> None:
-        """Write all rows so far as one file, named by its steps."""
+    def flush(self) -> str:
+        """Write all rows so far as one file, named by its steps; returns "", or why they could not be written.
+
+        Rows that could not be written are kept for the next time.
+        """
         if not self.known:
-            return
+            return ""
         columns: dict[str, np.ndarray] = {
             name: np.concatenate([part[name] for part in self.known]) for name in self.known[0]
         }
@@ -49,11 +54,16 @@ class Ledger:
             column = torch.cat([part[name] for part in self.decided]).cpu().numpy()
             columns[name] = column.astype(np.float32) if column.dtype.kind == "f" else column
         first, last = columns["step"][0], columns["step"][-1]
-        filesystem, path = fsspec.core.url_to_fs(self.folder)
-        filesystem.makedirs(path, exist_ok=True)
-        with filesystem.open(f"{path}/steps-{first:08d}-{last:08d}-rank-{self.rank:04d}.parquet", "wb") as file:
-            pq.write_table(pa.table(columns), file)
+        file = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), file)
+        fs, path = storage.connect(self.folder)
+        name = f"steps-{first:08d}-{last:08d}-rank-{self.rank:04d}.parquet"
+        try:
+            storage.write(fs, storage.join(path, name), file.getvalue().to_pybytes())
+        except (InputError, OSError) as error:
+            return f"ledger rows of steps {first} to {last} are held back: {error}"
         self.known, self.decided = [], []
+        return ""
 
 
 def forget(folder: str, step: int) -> None:

@@ -1,49 +1,42 @@
-"""One training worker: its groups in, updates, and at every evaluation a report, a ledger file and a checkpoint out.
+"""One training worker: its groups in, updates, and at every checkpoint a ledger file and the state out.
 
-Shapes: B noisy examples of this worker, M probe examples, N test examples, K classes, G noisy examples of a group.
+Shapes: B noisy examples of this worker, M probe examples, K classes, G noisy examples of a group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
-import fsspec
 import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline import stream
-from pipeline.dataset import Split
+from pipeline import storage, stream
+from pipeline.dataset import InputError, Split
 from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group
-from pipeline.views import Views
-from training import networks
+from training import checkpoint, networks
+from training.evaluation import evaluate
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
 from training.objectives.interface import Alone, Batch, Outcome, Workers
+from training.passes import Passes
 from training.recipe import Recipe, as_json
 from training.state import TrainState, kernels
-from training.step import Processes, average_statistics, normalised, update
+from training.step import Processes, WorkersError, average_statistics, gather_statistics, normalised, update
 from training.tracking import Tracker
 
-CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
+LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits for the device and the other workers
 TELL_EVERY = 1.0  # seconds between progress messages
-TEST_BATCH = 128
-TEST_THREADS = 4  # that read and decode evaluation images
-
-T = TypeVar("T")
+FAILURE, LAST_ERROR, STARTS = NOTES = ("failure.json", "last_error.json", "starts.json")
+MOST_STARTS = 4  # at one step: a run that gets no further than that is not going to
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Job:
     """What every worker is told. Evaluation sets travel as object-store references: read without a copy."""
 
     recipe: Recipe
-    plan: Plan
+    plan: Plan  # from step 0
     tests: dict[str, ray.ObjectRef]
     channels: int
     class_names: tuple[str, ...]
@@ -59,10 +52,41 @@ class Job:
     progress: Any  # a queue that the launching process reads
 
 
-def train(config: dict[str, Job]) -> list[dict[str, float]]:
-    """Train to the plan's end; rank 0 returns the run's history, one row an evaluation."""
+def train(config: dict[str, Job]) -> dict[str, Any]:
+    """Train to the plan's end, from the last checkpoint; rank 0 returns the run's history, one row an evaluation.
+
+    What a person must mend is returned by all workers as an error, because what is raised is tried again: at once
+    where they all see it, else on the next start, from the note that the one that saw it left.
+    """
+    job = config["job"]
     with contextlib.ExitStack() as closing:
-        return _train(config["job"], closing)
+        try:
+            if told := read_note(job.folder, FAILURE):
+                return {"error": told}
+            return {"history": _train(job, closing)}
+        except NotFiniteError as error:
+            return {"error": str(error)}
+        except WorkersError:
+            raise  # another worker knows why
+        except Exception as error:
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            mendable = isinstance(cause, (InputError, ValueError))
+            write_note(job.folder, FAILURE if mendable else LAST_ERROR, f"{cause}" if mendable else repr(cause))
+            raise
+
+
+def read_note(folder: str, name: str) -> Any:
+    """What a note in the run's folder says; "" where there is none."""
+    fs, path = storage.connect(folder)
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(storage.read(fs, storage.join(path, name)))
+    return ""
+
+
+def write_note(folder: str, name: str, said: Any) -> None:
+    """Leave a note in the run's folder, for the next start."""
+    fs, path = storage.connect(folder)
+    storage.write(fs, storage.join(path, name), json.dumps(said).encode())
 
 
 def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
@@ -72,22 +96,29 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     device = ray.train.torch.get_device()
     tests: dict[str, Split] = {name: ray.get(ref) for name, ref in job.tests.items()}
 
-    state = new_state(recipe, job.channels, len(job.class_names), device)
-    history = resume(state)
+    if recipe.precision == "float64":
+        closing.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+    state = new_state(recipe, job.channels, len(job.class_names), world, device)
+    warnings: list[str] = []
+    history = resume(state, job.folder, rank, world, warnings)
+    plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
-    tracker = None
+    tracker = writer = None
     if rank == 0:
+        if _note_start(job.folder, state.step):
+            warnings = []  # the launching process looked at the same checkpoints and told them
         forget(job.folder, state.step)  # others write no file before rank 0 joins their first step
         tracker = Tracker(recipe, job.folder)
+        writer = checkpoint.Writer(job.folder)
+        closing.callback(writer.close)
         closing.callback(tracker.close)
-    evaluations = recipe.evaluations
     last_good = f"step {state.step}" if state.step else "none"
-    told_at, told_step = time.monotonic(), state.step
+    told_at, told_step, kept_at = time.monotonic(), state.step, time.monotonic()
+    preempted = False
 
-    groups = stream.groups(ray.train.get_dataset_shard("train"), job.plan)
-    for step, held in enumerate(job.plan.by_step(groups, world), start=job.plan.start):
-        if step < state.step:  # the worker group restarted from a checkpoint later than the plan's start
-            continue
+    groups = stream.groups(ray.train.get_dataset_shard("train"), plan)
+    for step, held in enumerate(plan.by_step(groups, world), start=plan.start):
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
         if (received := [int(group["group"][0]) for group in held]) != expected:
             raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
@@ -101,30 +132,64 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
         ledger.add(step, known, outcome.coefficients)
         monitor.add(step, outcome, batch.label_B)
 
-        evaluate = state.step in evaluations
-        if state.step % CHECK_EVERY == 0 or evaluate:
-            monitor.check_finite(last_good)
+        measure = state.step in recipe.evaluations
+        keep = measure or (recipe.checkpoint_steps > 0 and state.step % recipe.checkpoint_steps == 0)
+        if keep or state.step % LOOK_EVERY == 0:
+            minutes = (time.monotonic() - kept_at) / 60
+            keep |= look(monitor, workers, device, 0 < recipe.checkpoint_minutes < minutes and rank == 0, last_good)
+            notice = ray.train.get_preemption_info() is not None  # a machine of ours is about to be taken
+            keep, preempted = keep or (notice and not preempted), notice
         now = time.monotonic()
-        if tracker and (now - told_at > TELL_EVERY or evaluate):
+        if tracker and (now - told_at > TELL_EVERY or measure):
             row = figures(step, lr, outcome, recipe, speed=(state.step - told_step) * recipe.batch / (now - told_at))
-            job.progress.put_nowait({**row, "warning": monitor.collapse_warning()})
-            told_at, told_step = now, state.step
-        if evaluate:
+            if collapse := monitor.collapse_warning():
+                warnings.append(collapse)
+            job.progress.put_nowait({**row, "warnings": warnings})
+            warnings, told_at, told_step = [], now, state.step
+        if measure:
             average_statistics(state, workers)
             if not state.finite():
                 raise NotFiniteError(f"parameters are no numbers after step {step}; last good checkpoint: {last_good}")
-            measured = evaluation(state, tests, recipe, rank, workers, device)
-            ledger.flush()
+            measured = evaluate(state, tests, recipe.dataset.views, rank, workers, device)
             if tracker:
                 history.append({**row, **measured})
                 tracker.log(history[-1])
                 job.progress.put_nowait(history[-1])
                 if state.step == recipe.schedule.steps:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
-            save(state, history, rank, measured["top1"])
-            last_good = f"step {state.step}"
-            told_at = time.monotonic()  # evaluating is no part of the training speed
+        if keep:
+            statistics = gather_statistics(state, workers)
+            problem = ledger.flush()
+            if agreed(workers, device, not problem):  # a checkpoint says that the ledger holds all until it
+                if writer:
+                    saved = {**state.state_dict(), "statistics": statistics, "history": history}
+                    problem = writer.save(saved, measured["top1"] if measure else None)
+                last_good = f"step {state.step}"
+            if problem:
+                warnings.append(problem)
+            kept_at = told_at = time.monotonic()  # neither is part of the training speed
+            told_step = state.step
+    if writer and (problem := writer.wait()):
+        raise InputError(problem)
     return history
+
+
+def look(monitor: Monitor, workers: Workers, device: torch.device, due: bool, last_good: str) -> bool:
+    """Whether a checkpoint is due by any worker's clock; raises NotFiniteError on all workers together."""
+    problem = ""
+    try:
+        monitor.check_finite(last_good)
+    except NotFiniteError as error:
+        problem = str(error)
+    (flags,) = workers.mean([torch.tensor([float(bool(problem)), float(due)], device=device)])
+    if flags[0] > 0:
+        raise NotFiniteError(problem or f"the loss of another worker is no number; last good checkpoint: {last_good}")
+    return bool(flags[1] > 0)
+
+
+def agreed(workers: Workers, device: torch.device, mine: bool) -> bool:
+    """Whether all workers say yes."""
+    return bool(workers.mean([torch.tensor([float(mine)], device=device)])[0] == 1)
 
 
 def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float) -> dict[str, float]:
@@ -139,9 +204,13 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
     }
 
 
-def new_state(recipe: Recipe, channels: int, classes: int, device: torch.device) -> TrainState:
-    """The state before step 0, the same on every worker."""
-    model = networks.build(recipe.network, channels, classes, recipe.seed).to(device)
+def new_state(recipe: Recipe, channels: int, classes: int, workers: int, device: torch.device) -> TrainState:
+    """The state before step 0, the same on every one of `workers`."""
+    model: nn.Module = networks.build(recipe.network, channels, classes, recipe.seed).to(device)
+    chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
+    if chunks > 1 or recipe.channels_last or recipe.precision == "bf16":
+        model = Passes(model, chunks=chunks, dtype=dtype, channels_last=recipe.channels_last)
     everything = frozenset(name for name, _ in model.named_parameters())
     return TrainState(
         model,
@@ -150,6 +219,37 @@ def new_state(recipe: Recipe, channels: int, classes: int, device: torch.device)
         decayed=everything if recipe.decay == "all" else kernels(model),
         average=recipe.objective.average_parameters,
     )
+
+
+def resume(state: TrainState, folder: str, rank: int, world: int, warnings: list[str]) -> list[dict[str, float]]:
+    """Continue from the newest whole checkpoint, if there is one; returns the history until then.
+
+    Every worker gets its own batch-norm statistics back, or their mean where the number of workers has changed.
+    """
+    saved = checkpoint.latest(folder, warnings.append)
+    if saved is None:
+        return []
+    state.load_state_dict(saved)
+    of_all = saved["statistics"]
+    for name, buffer in state.model.named_buffers():
+        values = torch.stack([of_one[name] for of_one in of_all])
+        mean = values.mean(0) if values.is_floating_point() else values[0]
+        buffer.copy_(values[rank] if len(of_all) == world else mean)
+    return saved["history"]
+
+
+def _note_start(folder: str, step: int) -> bool:
+    # Whether this is the first start since the launch; raises InputError where a run starts at one step on and on.
+    before = read_note(folder, STARTS)
+    starts = [*(each for each in before if each == step), step]
+    write_note(folder, STARTS, starts)
+    if len(starts) > MOST_STARTS:
+        why = read_note(folder, LAST_ERROR) or "its workers were killed"
+        raise InputError(
+            f"the run started {MOST_STARTS} times at step {step} and came to no checkpoint ({why}): "
+            "mend that, or lower checkpoint_steps where machines leave too soon"
+        )
+    return not before
 
 
 def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.device) -> Batch:
@@ -171,76 +271,11 @@ def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.devi
     )
 
 
-def evaluation(
-    state: TrainState, tests: dict[str, Split], recipe: Recipe, rank: int, workers: Workers, device: torch.device
-) -> dict[str, float]:
-    """Accuracies on every evaluation set: top1 and top5 of the first, NAME_top1 and NAME_top5 of the others."""
-    measured: dict[str, float] = {}
-    for name, test in tests.items():
-        prefix = f"{name}_" if measured else ""
-        top1, top5 = accuracy(state, test, recipe.dataset.views, rank, workers, device)
-        measured |= {f"{prefix}top1": top1, f"{prefix}top5": top5}
-    return measured
-
-
-def accuracy(
-    state: TrainState, test: Split, views: Views, rank: int, workers: Workers, device: torch.device
-) -> tuple[float, float]:
-    """(top-1, top-5) over the whole test set, every example counted once: worker r takes batches r, r + N, …"""
-    starts = range(rank * TEST_BATCH, len(test), workers.size * TEST_BATCH)
-
-    def batch(start: int) -> tuple[np.ndarray, np.ndarray]:
-        held = test.take(np.arange(start, min(start + TEST_BATCH, len(test))))
-        return np.stack([views.test(held.image(row)) for row in range(len(held))]), held.label_N
-
-    right = torch.zeros(2, dtype=torch.float64, device=device)
-    for image_NHWC, label_N in ahead(batch, starts):
-        logits_NK = state.predict(normalised(torch.from_numpy(image_NHWC).to(device)))
-        best_N5 = logits_NK.topk(min(5, logits_NK.shape[1]), 1).indices
-        hit_N5 = best_N5 == torch.from_numpy(label_N).to(device)[:, None]
-        right += torch.stack([hit_N5[:, 0].sum(), hit_N5.any(1).sum()])
-    total = workers.mean([right])[0] * workers.size / len(test)
-    return float(total[0]), float(total[1])
-
-
-def ahead(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
-    """`work` of each item, in order, done by threads a few items ahead of who asks."""
-    with ThreadPoolExecutor(TEST_THREADS) as pool:
-        waiting: deque[Future[T]] = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > TEST_THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def save(state: TrainState, history: list[dict[str, float]], rank: int, top1: float) -> None:
-    """Report to Ray Train, with a checkpoint from rank 0; a barrier for all workers."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            torch.save({**state.state_dict(), "history": history}, Path(folder) / "state.pt")
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"step": state.step, "top1": top1}, checkpoint, checkpoint_dir_name=f"step_{state.step:08d}")
-
-
-def resume(state: TrainState) -> list[dict[str, float]]:
-    """Continue from Ray Train's latest checkpoint, if there is one; returns the history until then."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as folder:
-        saved = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    state.load_state_dict(saved)
-    return saved["history"]
-
-
 def export(state: TrainState, job: Job) -> None:
     """Write the evaluated weights as model.safetensors, with class names and recipe in the metadata."""
     from safetensors.torch import save as to_bytes
 
     weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
     metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(as_json(job.recipe))}
-    with fsspec.open(f"{job.folder}/model.safetensors", "wb") as file:
-        file.write(to_bytes(weights, metadata))
+    fs, path = storage.connect(job.folder)
+    storage.write(fs, storage.join(path, "model.safetensors"), to_bytes(weights, metadata))

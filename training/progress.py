@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from training.recipe import Recipe
 
 LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
-NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warning"}
+NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warnings"}
 
 
 class Progress:
@@ -43,8 +43,8 @@ class Progress:
         """Show one message of the training loop."""
         step, text = int(message["step"]), describe(message)
         self.bar.update(self.task, completed=step, text=text)
-        if message.get("warning"):
-            self.console.print(f"warning: {message['warning']}", style="yellow", highlight=False, soft_wrap=True)
+        for warning in message.get("warnings", ()):
+            self.console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         now = time.monotonic()
         if not self.first:
             self.first, self.started = step, now

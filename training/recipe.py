@@ -62,14 +62,29 @@ class Recipe:
     """Weight decay in PyTorch's sense (WRN 5e-4, ResNet-29 2e-4, ResNet-50 4e-4)."""
     decay: Literal["all", "kernels"] = "all"
     """What weight decay acts on: all parameters (WRN), or kernels of convolutions and linear layers (ResNet-29)."""
-    workers: int = 1
-    """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process."""
+    workers: int | tuple[int, int] = 1
+    """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process. Of two
+    numbers, least and most, the run takes what the cluster has, and goes on with the rest as machines come and go."""
     actors: int = 2
     """The most CPU actors that make views."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where workers train; auto takes GPUs where the cluster has one for each worker."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """Numbers that the network computes in; under bf16 parameters, averages and losses stay in float32."""
+    channels_last: bool = False
+    """Keep images and kernels in NHWC order, which GPUs with tensor cores prefer."""
+    pass_groups: int = 0
+    """Groups that go through the network at once; 0: all that a worker has. Fewer need less memory and more time, for
+    the same result: the meta step is still over the whole batch. Batch norm normalises the groups of a pass together,
+    so with 1 even networks with batch norm do not depend on the number of workers."""
     evaluate_every: int = 0
     """Steps between test evaluations, for curves; cycle ends are always evaluated; 0: only those."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; evaluations are always followed by one; 0: by the clock only."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, counted on one worker; 0: not by the clock."""
+    timeout: float = 600.0
+    """Seconds that a worker waits for the others before the run starts again from its last checkpoint."""
     tracker: Literal["tensorboard", "mlflow", "wandb"] = "tensorboard"
     """Where rank 0 logs: event files in the run's folder, or MLflow or W&B (pip install -e ".[trackers]")."""
     seed: int = 0
@@ -80,7 +95,7 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
-        for name in ("workers", "evaluate_every", "weight_decay", "seed"):
+        for name in ("evaluate_every", "weight_decay", "seed", "checkpoint_steps", "checkpoint_minutes", "pass_groups"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if self.seed >= 2**32:
@@ -91,10 +106,21 @@ class Recipe:
             raise ValueError(f"name is {self.name!r}: it must be a folder name")
         if self.batch % self.group:
             raise ValueError(f"batch {self.batch} is not a multiple of group {self.group}: change one of them")
-        if self.groups % max(self.workers, 1):
-            raise ValueError(
-                f"{self.groups} groups a batch do not divide among {self.workers} workers: lower group ({self.group})"
-            )
+        least, most = self.least_workers, self.most_workers
+        if least < 0 or most < least or (isinstance(self.workers, tuple) and least < 1):
+            raise ValueError(f"workers is {self.workers}: it must be 0 or more, or two numbers, least and most, from 1")
+        for workers in range(max(least, 1), most + 1):
+            if self.groups % workers:
+                raise ValueError(
+                    f"{self.groups} groups a batch do not divide among {workers} workers: change group ({self.group})"
+                )
+            held = self.groups // workers
+            if self.pass_groups and held % self.pass_groups:
+                raise ValueError(f"{held} groups a worker do not divide into passes of {self.pass_groups}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
+        if self.precision == "bf16" and getattr(self.objective, "engine", "") == "difference":
+            raise ValueError("precision bf16 rounds away what engine difference looks at: use engine forward")
         if self.probe_batch % self.groups:
             raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
 
@@ -102,6 +128,16 @@ class Recipe:
     def groups(self) -> int:
         """Groups a batch."""
         return self.batch // self.group
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers the run may have."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most workers the run may have."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def evaluations(self) -> frozenset[int]:

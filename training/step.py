@@ -5,7 +5,12 @@ Shapes: B noisy examples of this worker, M probe examples, images H×W×C in sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,32 +20,123 @@ from torch import Tensor
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.state import TrainState
 
+BUCKET_BYTES = 32 << 20  # of one all-reduce: long enough to fill the network, short beside the memory of a GPU
+NOTES_SECONDS = 5.0  # to read where the others are, once an all-reduce has failed
+
+
+class WorkersError(RuntimeError):
+    """An all-reduce failed or timed out. One line: who waited, where, how long, and for whom."""
+
+
+@dataclass
+class Traffic:
+    """What one worker has reduced since it started."""
+
+    reductions: int = 0  # all-reduces
+    bytes: int = 0  # of the tensors that went in
+    seconds: float = 0.0  # in the calls, waiting for slower workers included; a GPU may go on after the call
+
 
 class _Mean(torch.autograd.Function):
-    """Average over the workers. Backward averages too: each worker's loss is a share of their mean."""
+    """Average over the workers, in place. Backward averages too: each worker's loss is a share of their mean."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor) -> Tensor:
-        total = flat.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
+    def forward(ctx: Any, flat: Tensor, workers: Processes) -> Tensor:
+        ctx.mark_dirty(flat)
+        ctx.workers = workers
+        workers.all_reduce(flat)
+        return flat.div_(workers.size)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _Mean.apply(gradients[0])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Mean.apply(gradients[0].clone(), ctx.workers), None
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors, in order, in runs of one dtype and at most BUCKET_BYTES; a larger tensor is a run of its own."""
+    held: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if held and (filled + tensor.nbytes > BUCKET_BYTES or tensor.dtype != held[0].dtype):
+            yield held
+            held, filled = [], 0
+        held.append(tensor)
+        filled += tensor.nbytes
+    if held:
+        yield held
 
 
 class Processes:
-    """The workers of the torch.distributed process group."""
+    """The workers of the torch.distributed process group, whose timeout bounds every all-reduce.
 
-    def __init__(self) -> None:
-        self.size = dist.get_world_size()
+    Before each all-reduce a worker notes in `notes`, a store that all share, how far it is: who is missing when one
+    fails can be read there. By default that is the server at MASTER_ADDR that env:// rendezvous left in rank 0.
+
+    NCCL reports a failed all-reduce to the caller, as gloo always does, where TORCH_NCCL_BLOCKING_WAIT=1 was set before
+    the process group was made; without it NCCL ends the process, with a message of its own.
+    """
+
+    def __init__(self, notes: dist.Store | None = None) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.step = 0  # at work; `update` keeps it
+        self.traffic = Traffic()
+        self._notes = notes or dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+        )
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor averaged over the workers, in one all-reduce of them all; autograd goes through it."""
-        flat = _Mean.apply(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        """Each tensor averaged over the workers, an all-reduce a bucket of them; autograd goes through it."""
+        means: list[Tensor] = []
+        for bucket in buckets(tensors):
+            # The one copy is the result: `cat` makes it, it is reduced in place, and the means are views of it.
+            flat = _Mean.apply(torch.cat([tensor.reshape(-1) for tensor in bucket]), self)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            means += [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
+        return means
+
+    def all_reduce(self, flat: Tensor) -> None:
+        """Sum over the workers, in place, counted in `traffic`. Raises WorkersError."""
+        self.traffic.reductions += 1
+        self.traffic.bytes += flat.nbytes
+        start = time.perf_counter()
+        try:
+            self._notes.set(_key(self.rank), f"{self.traffic.reductions} {self.step}")
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            waited = time.perf_counter() - start
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WorkersError(
+                f"rank {self.rank} of {self.size} waited {waited:.1f} s at step {self.step} for {self._missing()}: "
+                f"see the log of that worker ({cause})"
+            ) from error
+        self.traffic.seconds += time.perf_counter() - start
+
+    def _missing(self) -> str:
+        # In a thread: a store whose server is frozen or cut off is read for ever, whatever timeout it was given.
+        found: list[str] = []
+
+        def read() -> None:
+            with suppress(RuntimeError):
+                found.append(self._behind())
+
+        reader = Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(NOTES_SECONDS)
+        return found[0] if found else "rank 0, which no longer serves the others' notes"
+
+    def _behind(self) -> str:
+        # Whose note is of an earlier all-reduce than this worker's. Raises RuntimeError where rank 0 is gone.
+        behind = []
+        for rank in set(range(self.size)) - {self.rank}:
+            note = self._notes.get(_key(rank)) if self._notes.check([_key(rank)]) else b"0 0"
+            reductions, step = map(int, note.split())
+            if reductions < self.traffic.reductions:
+                behind.append(f"rank {rank} ({f'last seen at step {step}' if reductions else 'never seen'})")
+        return ", ".join(behind) or "a worker that has left since (all had arrived)"
+
+
+def _key(rank: int) -> str:
+    return f"winnow/rank {rank}"
 
 
 def normalised(image_NHWC: Tensor) -> Tensor:
@@ -56,8 +152,20 @@ def average_statistics(state: TrainState, workers: Workers) -> None:
             buffer.copy_(mean)
 
 
+def gather_statistics(state: TrainState, workers: Workers) -> list[dict[str, Tensor]]:
+    """Every worker's batch-norm buffers, by rank."""
+    mine = {name: buffer.cpu() for name, buffer in state.model.named_buffers()}
+    if workers.size == 1:
+        return [mine]
+    of_all: list[Any] = [None] * workers.size
+    dist.all_gather_object(of_all, mine)
+    return of_all
+
+
 def update(state: TrainState, objective: Objective, batch: Batch, *, lr: float, workers: Workers) -> Outcome:
     """One step of SGD on the workers' mean loss; `state` moves on by one step."""
+    if isinstance(workers, Processes):
+        workers.step = state.step
     moment = Moment(lr, state.momentum, state.weight_decay, state.decayed, state.momentum_buffers())
     state.optimizer.zero_grad(set_to_none=True)
     outcome = objective(state.model, batch, moment, workers)

@@ -145,7 +145,7 @@ def test_the_command_line_is_read_from_the_process(monkeypatch):
         (["--schedule.t-mul", "0.5"], ["schedule.t_mul is 0.5"]),
         (["--dataset.noise.rate", "2"], ["noise rate is 2.0"]),
         (["--batch", "99"], ["batch 99 is not a multiple of group 25"]),
-        (["--workers", "3"], ["4 groups a batch do not divide among 3 workers: lower group"]),
+        (["--workers", "3"], ["4 groups a batch do not divide among 3 workers: change group"]),
         (["--probe-batch", "50"], ["probe_batch 50 is not a multiple of the 4 groups a batch"]),
         (["--batch", "many"], ["--batch", "many"]),
     ],
@@ -226,3 +226,31 @@ def test_scripts_of_photographs_have_their_weights_in_every_method_that_knows_th
         assert all(recipe.groups % workers == 0 for workers in (1, 2, 4))
     assert made.recipe("reference").objective.kl == kl
     assert tuned(Supervised(), p=1, kl=2) == Supervised()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": (2, 1)}, r"workers is \(2, 1\): it must be 0 or more, or two numbers"),
+        ({"workers": (0, 2)}, r"workers is \(0, 2\)"),
+        ({"batch": 100, "group": 25, "workers": (1, 4)}, "4 groups a batch do not divide among 3 workers"),
+        (
+            {"batch": 100, "group": 25, "workers": 2, "pass_groups": 3},
+            "2 groups a worker do not divide into passes of 3",
+        ),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"precision": "bf16", "objective": Ieg(engine="difference")}, "precision bf16 rounds away"),
+        ({"checkpoint_steps": -1}, "checkpoint_steps is -1"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes is nan"),
+    ],
+)
+def test_what_workers_and_checkpoints_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(recipe("winnow"), **changes)
+
+
+def test_workers_are_a_number_or_a_range():
+    assert parse(recipe, ["--workers", "3", "--batch", "96", "--group", "8", "--probe-batch", "96"]).workers == 3
+    made = parse(recipe, ["--workers", "1", "4", "--batch", "96", "--group", "8", "--probe-batch", "96"])
+    assert (made.workers, made.least_workers, made.most_workers) == ((1, 4), 1, 4)
+    assert made.least_workers <= made.most_workers

@@ -4,14 +4,18 @@ Shapes: B noisy examples, K classes.
 """
 
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+import training.step
 from training.step import normalised
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -31,11 +35,12 @@ def both(tmp_path_factory) -> list[dict]:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     workers = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder / "rendezvous"), str(folder / f"{rank}.pt"), str(rank)],
+            [sys.executable, str(SCRIPT), str(folder), str(rank)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         for rank in range(2)
     ]
@@ -43,7 +48,8 @@ def both(tmp_path_factory) -> list[dict]:
         printed = [worker.communicate(timeout=150)[0] for worker in workers]
     finally:
         for worker in workers:
-            worker.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # the copies it made, too
             worker.wait()
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(printed)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -71,6 +77,7 @@ GLOBAL = [
     "reweight",
     "reference",
     "paper",
+    "winnow",
     "threshold",
     "second_order",
     "second_order of paper",
@@ -110,7 +117,7 @@ def test_cases_differ_where_they_should(both, alone):
     """Training moved, workers saw different examples, and no case is another in disguise."""
     runs = both[0]["runs"]
     assert both[0]["runs"]["reference"]["totals"] != both[1]["runs"]["reference"]["totals"]
-    names = ["supervised", "reweight", "reference", "paper", "threshold"]
+    names = ["supervised", "reweight", "reference", "paper", "winnow", "threshold"]
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             assert relative(runs[first]["parameters"], runs[second]["parameters"]) > 1e-4
@@ -129,10 +136,11 @@ def test_replica_scope_depends_on_the_workers(both, alone):
     assert abs(first[0] - first[1]) > 1e-2
 
 
-def test_mean_and_its_backward(both):
+@pytest.mark.parametrize("case", ["mean", "buckets"])
+def test_mean_and_its_backward(case, both):
     for worker in both:
-        found = worker["mean"]
-        inputs = [other["mean"]["input"] for other in both]
+        found = worker[case]
+        inputs = [other[case]["input"] for other in both]
         mean = (inputs[0] + inputs[1]) / 2
         assert found["size"] == 2
         assert torch.equal(found["means"][0], mean)
@@ -141,6 +149,80 @@ def test_mean_and_its_backward(both):
         torch.testing.assert_close(found["gradient"], 2 * 3 * mean**2)
         # each worker then differentiates Σ gradient again: 2·6m, averaged over both alike
         torch.testing.assert_close(found["curvature"], 2 * 6 * mean)
+
+
+def test_buckets_cost_no_more_bytes(both):
+    for worker in both:
+        whole, cut = worker["mean"]["traffic"], worker["buckets"]["traffic"]
+        # Forward, backward and both backwards of that, of 2 + 2 numbers: in one bucket or in two, where backward
+        # passes only through the first.
+        assert (whole["reductions"], whole["bytes"]) == (4, 4 * 4 * 8)
+        assert (cut["reductions"], cut["bytes"]) == (5, 4 * 4 * 8 - 3 * 2 * 8)
+        found = worker["buckets"]
+        assert [mean.dtype for mean in found["mixed"]] == [torch.float64, torch.float32, torch.float32]
+        assert all(torch.equal(mean, torch.full_like(mean, 0.5)) for mean in found["mixed"])
+        assert torch.equal(found["lone"][0], torch.tensor([1.5]))
+        assert found["none"] == []
+    rank = both[1]["buckets"]["kept"]  # the arguments are as they were
+    assert [value.tolist() for value in rank] == [[1, 1], [1, 1], [1, 1], [2]]
+
+
+def test_buckets_are_runs_of_one_dtype_within_the_size(monkeypatch):
+    monkeypatch.setattr(training.step, "BUCKET_BYTES", 16)
+    sizes = [(1, torch.float32), (3, torch.float32), (1, torch.float32), (9, torch.float32), (1, torch.float64)]
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]
+    cut = [[id(tensor) for tensor in bucket] for bucket in training.step.buckets(tensors)]
+    first, second, third, long, double = map(id, tensors)
+    assert cut == [[first, second], [third], [long], [double]]
+    assert list(training.step.buckets([])) == []
+
+
+TRAFFIC = {  # all-reduces of parameter size in a step, and the numbers in each small one
+    "supervised": (1, []),
+    "reweight": (2, [1]),  # the sum of ω
+    "reference": (3, [2, 1, 2, 2]),  # logit norm of the views, ω, logit norm of the mixed blocks and its backward
+    "paper": (3, [1]),
+    "winnow": (3, [4, 1, 1]),  # the average answer (K), the pace, ω
+    "second_order": (3, [2, 1, 2, 2]),
+    "replica": (1, []),
+    "float32": (3, [2, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_a_step_reduces_at_most_two_more_copies_of_the_parameters(case, both, ranks):
+    large, small = TRAFFIC[case]
+    assert large <= 3
+    for worker in both:
+        found = worker["runs"][case]
+        parameters = found["parameters"].values()
+        assert sum(value.nbytes for value in parameters) < training.step.BUCKET_BYTES
+        count = sum(value.numel() for value in parameters)
+        size = next(iter(parameters)).element_size()
+        assert found["traffic"]["reductions"] == ranks["STEPS"] * (large + len(small))
+        assert found["traffic"]["bytes"] == ranks["STEPS"] * size * (large * count + sum(small))
+        assert found["traffic"]["seconds"] > 0
+
+
+LOSSES = ["stopped before the step", "killed in the step", "killed in backward", "rank 0 killed", "rank 0 frozen"]
+
+
+def test_all_losses_are_told(ranks):
+    assert list(ranks["LOSSES"]) == LOSSES
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_who_is_left_names_who_is_lost(name, both, ranks):
+    how, lost, before = ranks["LOSSES"][name]
+    left, at = 1 - lost, ranks["LOST_AT"]
+    whom = f"rank 1 (last seen at step {at - (before == 0)})" if lost else "rank 0, which no longer serves the others"
+    found = both[left]["losses"][name]
+    said = re.match(rf"rank {left} of 2 waited (\d+\.\d) s at step {at} for {re.escape(whom)}", found["error"])
+    assert said, found["error"]
+    assert "\n" not in found["error"]
+    if how != "killed":
+        assert float(said[1]) >= ranks["TIMEOUT"] - 0.1
+    assert found["seconds"] < ranks["TIMEOUT"] + 5
 
 
 def test_normalised_is_minus_one_to_one_channels_last():

@@ -37,7 +37,7 @@ class Workers(Protocol):
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor averaged over the workers, in one collective; autograd goes through it."""
+        """Each tensor averaged over the workers, all in a few large messages; autograd goes through it."""
         ...
 
 

@@ -1,0 +1,644 @@
+"""What becomes of a run when something breaks: a table of faults on real clusters of several raylets on this machine.
+
+    python -m benchmarks.resilience --out resilience.json
+    python -m benchmarks.resilience --out resilience.json --faults hang driver_killed
+
+Every fault has a fresh cluster: a head without CPUs, where the driver is attached, and two nodes. The run trains 80
+steps on digits on two workers. The program itself has no hooks: faults strike from the objective and from the data
+set's views, which are this file's, or from outside. The run is compared with one that nothing disturbed: `rows_lost`
+counts rows of that one's ledger, by (epoch, id), that are not there with equal values, `rows_repeated_after_dedup`
+rows that are there more than once; `parameters_equal` means to the bit. `seconds_to_resume` is the longest wait, from
+the fault on, for a step that was not done before. A run that does not end within its time did not survive. Twelve
+faults take a quarter of an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cv2
+import fsspec
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+from fsspec.implementations.local import LocalFileSystem
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pipeline import storage
+from pipeline.dataset import Dataset, Examples
+from pipeline.digits import Digits
+from pipeline.plan import Purpose, key
+from pipeline.views import CifarViews, DigitsViews
+from training import launch, ledger, loop
+from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
+from training.recipe import METHODS, Recipe
+from training.schedule import Schedule
+
+STEPS, CHECKPOINT_STEPS, EVALUATE_EVERY = 80, 10, 20
+STRIKE = 37  # the step at which faults strike: some after a checkpoint, some before one with an evaluation
+BATCH, GROUP, SEED = 100, 50, 0
+TIMEOUT = 20.0  # recipe.timeout, seconds
+DEADLINE = 600.0  # of a run, seconds: one that takes longer hangs
+PAIR_SECONDS = 0.002  # what two views of a photograph take: actors are at work for most of the run
+OUTAGE = 5.0  # seconds without storage
+SLOW_STEPS, SLOW_SECONDS = 25, 0.3
+FULL_UNTIL = 63  # the step at which a full disk gets space again: an evaluation and three checkpoints later
+DISK_BYTES = 24 << 20
+CPUS = 3  # of a node: two nodes hold two workers, two actors and a CPU to spare
+POISONED_ROW = 100
+BUCKET = "resilience"
+CLOUD = {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # what the emulator understands
+SETTINGS = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+Row = dict[str, Any]
+
+
+# ---- inside the run: notes of where it is, and what strikes from within ----------------------------------------------
+
+
+def note(folder: str, name: str, line: object) -> None:
+    """Add a line to one of a run's notes; several processes do."""
+    with open(f"{folder}/{name}", "a") as file:
+        file.write(f"{line}\n")
+
+
+def notes(folder: str, name: str) -> list[str]:
+    """The lines of a note."""
+    path = Path(folder, name)
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def once(folder: str) -> bool:
+    """Whether this is the first call for the run, in whatever process; notes the time of the fault."""
+    try:
+        with open(f"{folder}/fault", "x") as file:
+            file.write(f"{time.time()}")
+    except FileExistsError:
+        return False
+    return True
+
+
+def die(folder: str) -> None:
+    """Kill this process, as the kernel does, where the fault has not struck yet."""
+    if once(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@cache
+def group_numbers() -> dict[int, int]:
+    """Group number by the group's key, the only thing in a batch that tells its step."""
+    return {key(SEED, Purpose.MIXUP, group): group for group in range(STEPS * BATCH // GROUP)}
+
+
+@cache
+def note_place(folder: str, who: str) -> None:
+    """Note, once a process, on which node it is."""
+    import ray
+
+    note(folder, "places", f"{who} {ray.get_runtime_context().get_node_id()}")
+
+
+@dataclass(frozen=True)
+class Faulty(Objective):
+    """An objective that notes each step, and lets a fault strike."""
+
+    inner: Objective
+    fault: str
+    folder: str  # of the notes
+
+    @property
+    def average_parameters(self) -> bool:  # type: ignore[override]
+        """As of the objective inside."""
+        return self.inner.average_parameters
+
+    def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
+        """See `Objective`."""
+        step, rank = divmod(group_numbers()[batch.group_keys[0]], BATCH // GROUP)
+        note_place(self.folder, f"rank {rank}")
+        FAULTS[self.fault].inside(self.folder, step, rank)
+        outcome = self.inner(model, batch, moment, workers)
+        if rank == 0:
+            note(self.folder, "steps", f"{step} {time.time()}")
+        return outcome
+
+
+@dataclass(frozen=True)
+class SlowViews(DigitsViews):
+    """Views of digits that take as long as those of photographs, and let a fault strike."""
+
+    fault: str
+    folder: str
+
+    def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """See `Views`."""
+        time.sleep(PAIR_SECONDS)
+        note_place(self.folder, "actor")
+        if self.fault == "data_actor_out_of_memory" and done(self.folder) >= STRIKE:
+            die(self.folder)
+        return super().pair(image_HWC, rng)
+
+
+@dataclass(frozen=True)
+class SlowDigits(Digits):
+    """Digits with slow views."""
+
+    fault: str = ""
+    folder: str = ""
+
+    @property
+    def views(self) -> SlowViews:
+        """See `Source`."""
+        return SlowViews(self.fault, self.folder)
+
+
+@dataclass(frozen=True)
+class EncodedDigits(Digits):
+    """Digits stored as PNG, one of them broken, or grey in its place."""
+
+    broken: bool = True
+
+    @property
+    def views(self) -> CifarViews:  # type: ignore[override]
+        """See `Source`; those of digits have one channel, and decoded images three."""
+        return CifarViews()
+
+    def load(self, url: str, seed: int) -> Dataset:
+        """See `Source`."""
+        plain = super().load(url, seed)
+        assert isinstance(plain.train, Examples)
+        poison = b"no image" if self.broken else png(np.full((8, 8, 1), 128, np.uint8))
+        tests = {name: encoded(test) for name, test in plain.tests.items() if isinstance(test, Examples)}
+        return replace(
+            plain, train=encoded(plain.train, {POISONED_ROW: poison}), probe=encoded(plain.probe), tests=tests
+        )
+
+
+def png(image_HW1: np.ndarray) -> bytes:
+    """A grey image's file."""
+    return bytes(cv2.imencode(".png", image_HW1)[1].tobytes())
+
+
+def encoded(examples: Examples, instead: dict[int, bytes] | None = None) -> Examples:
+    """The examples with encoded images, some rows of them with other bytes `instead`."""
+    files = [(instead or {}).get(row) or png(examples.image(row)) for row in range(len(examples))]
+    return replace(examples, image_N=pa.array(files, pa.binary()))
+
+
+def nothing(folder: str, step: int, rank: int) -> None:
+    """Disturb nothing."""
+
+
+def kill_in_step(folder: str, step: int, rank: int) -> None:
+    """Rank 1 dies."""
+    if (step, rank) == (STRIKE, 1):
+        die(folder)
+
+
+def kill_in_evaluation(folder: str, step: int, rank: int) -> None:
+    """Rank 1 dies when it looks at the first image of the next evaluation."""
+
+    def test(views: DigitsViews, image_HWC: np.ndarray) -> np.ndarray:
+        die(folder)
+        return image_HWC
+
+    if (step, rank) == (STRIKE, 1):
+        SlowViews.test = test  # type: ignore[method-assign]
+
+
+def kill_in_checkpoint(folder: str, step: int, rank: int) -> None:
+    """Rank 0 dies when the next checkpoint's state is written and its commit is not."""
+    write = storage.write
+
+    def cut_off(fs: Any, path: str, data: bytes) -> None:
+        if path.endswith("commit.json"):
+            die(folder)
+        write(fs, path, data)
+
+    if (step, rank) == (STRIKE, 0):
+        storage.write = cut_off
+
+
+def stop_for_good(folder: str, step: int, rank: int) -> None:
+    """Rank 1 stands still, and lives."""
+    if (step, rank) == (STRIKE, 1) and once(folder):
+        note(folder, "stopped", os.getpid())
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def slow_down(folder: str, step: int, rank: int) -> None:
+    """Rank 1 takes longer than the others, for a while."""
+    if rank == 1 and STRIKE <= step < STRIKE + SLOW_STEPS:
+        once(folder)
+        time.sleep(SLOW_SECONDS)
+
+
+def refuse_writes(folder: str, step: int, rank: int) -> None:
+    """Local files cannot be written, for a while: what stands for a full disk where nothing can be mounted."""
+    if step != STRIKE or not Path(folder, "stand_in").exists():
+        return
+    once(folder)
+    pipe, put = LocalFileSystem.pipe_file, LocalFileSystem.put_file
+
+    def unless_full(act: Callable[..., Any]) -> Callable[..., Any]:
+        def acting(*arguments: Any, **named: Any) -> Any:
+            if done(folder) < FULL_UNTIL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return act(*arguments, **named)
+
+        return acting
+
+    LocalFileSystem.pipe_file, LocalFileSystem.put_file = unless_full(pipe), unless_full(put)
+
+
+# ---- outside the run -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """A run on its cluster, as seen from outside."""
+
+    name: str
+    folder: str  # of notes and logs
+    url: str  # of storage
+    cluster: Cluster
+    started: float = field(default_factory=time.monotonic)
+
+    def start(self) -> None:
+        """Start the driver: a command as a person would give it."""
+        code = f"from benchmarks import resilience; resilience.drive({self.name!r}, {self.folder!r}, {self.url!r})"
+        with open(f"{self.folder}/driver.log", "a") as log:
+            self.driver = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, start_new_session=True)
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when the step is done, or the driver has ended."""
+        self.wait(lambda: done(self.folder) >= step or self.driver.poll() is not None)
+
+    def wait(self, enough: Callable[[], bool]) -> None:
+        """Return when there is enough; raises TimeoutError when the run's time is over."""
+        while not enough():
+            if time.monotonic() - self.started > DEADLINE:
+                raise TimeoutError(f"not over after {DEADLINE:.0f} s, at step {done(self.folder)}")
+            time.sleep(0.1)
+
+
+def done(folder: str) -> int:
+    """The last step done so far; −1 for none."""
+    return max((int(line.split()[0]) for line in notes(folder, "steps") if line), default=-1)
+
+
+def leave_alone(scene: Scene) -> str:
+    """Do nothing."""
+    return ""
+
+
+def remove_node(scene: Scene) -> str:
+    """Take a node with a data actor away without grace, one with a worker too where there is one."""
+    scene.wait_for_step(STRIKE)
+    places = [line.split() for line in notes(scene.folder, "places")]
+    actors = {place[-1] for place in places if place[0] == "actor"}
+    workers = {place[-1] for place in places if place[0] == "rank"}
+    gone = next((node for node in scene.cluster.worker_nodes if node.node_id in actors & workers), None)
+    gone = gone or next(node for node in scene.cluster.worker_nodes if node.node_id in actors)
+    once(scene.folder)
+    scene.cluster.remove_node(gone, allow_graceful=False)
+    held = [" ".join(place[:-1]) for place in places if place[-1] == gone.node_id]
+    return f"it held {', '.join(held)}"
+
+
+def replace_node(scene: Scene) -> str:
+    """Take a node away, and bring another."""
+    said = remove_node(scene)
+    add_node(scene.cluster)
+    return said
+
+
+def kill_driver(scene: Scene) -> str:
+    """Kill the driver, and give the same command again."""
+    scene.wait_for_step(STRIKE)
+    once(scene.folder)
+    scene.driver.kill()
+    scene.driver.wait()
+    scene.start()
+    return ""
+
+
+def stop_storage(scene: Scene) -> str:
+    """Stop the storage service, and start it again."""
+    scene.wait_for_step(STRIKE)
+    once(scene.folder)
+    EMULATOR.stop()
+    time.sleep(OUTAGE)
+    EMULATOR.start()
+    return f"{OUTAGE:.0f} s without storage"
+
+
+def fill_disk(scene: Scene) -> str:
+    """Write all that the disk takes, and remove it a while later."""
+    if Path(scene.folder, "stand_in").exists():
+        return "a stand-in that refuses writes: mount is not allowed here"
+    scene.wait_for_step(STRIKE)
+    once(scene.folder)
+    ballast = Path(scene.url, "ballast")
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    scene.wait_for_step(FULL_UNTIL)
+    ballast.unlink()
+    return "a tmpfs of its own"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Emulator:
+    """Google Cloud Storage in a process on loopback, with its data on disk: it may be stopped and started again."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.data = ""
+        self.port = free_port()
+
+    def start(self) -> None:
+        """Return when it answers."""
+        command = [sys.executable, "-m", "gcp_storage_emulator", "--data-dir", self.data, "start", "--quiet"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--default-bucket", BUCKET]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.1)
+        raise RuntimeError("the storage emulator does not start")
+
+    def stop(self) -> None:
+        """End it as a failing machine does."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+EMULATOR = Emulator()
+
+
+# ---- the faults ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What strikes, and what is different about its run."""
+
+    inside: Callable[[str, int, int], None] = nothing  # by every worker before each of its steps: folder, step, rank
+    outside: Callable[[Scene], str] = leave_alone  # while the run runs; what it says goes to the row's note
+    twin: str = "undisturbed"  # the run to compare with
+    exact: bool = True  # whether values and parameters are equal to the bit
+    elastic: bool = False  # one worker or two, each on a node's GPU
+
+
+FAULTS = {
+    "undisturbed": Fault(),
+    "worker_killed_in_step": Fault(kill_in_step),
+    "worker_killed_in_evaluation": Fault(kill_in_evaluation),
+    "worker_killed_in_checkpoint": Fault(kill_in_checkpoint),
+    "node_removed": Fault(outside=replace_node),
+    "driver_killed": Fault(outside=kill_driver),
+    "storage_down": Fault(outside=stop_storage),
+    "full_disk": Fault(refuse_writes, fill_disk),
+    "poisoned_image": Fault(twin="grey_image"),
+    "grey_image": Fault(),
+    "data_actor_out_of_memory": Fault(),
+    "slow_rank": Fault(slow_down),
+    "elastic": Fault(outside=remove_node, exact=False, elastic=True),
+    "hang": Fault(stop_for_good),
+}
+TWINS = {fault.twin for fault in FAULTS.values()}
+
+
+def recipe(name: str, folder: str, url: str) -> Recipe:
+    """The run that a fault strikes, on a network whose result does not depend on the number of workers."""
+    plain = {"poisoned_image": EncodedDigits(broken=True), "grey_image": EncodedDigits(broken=False)}
+    return Recipe(
+        name="run",
+        dataset=plain.get(name) or SlowDigits(fault=name, folder=folder),
+        objective=Faulty(METHODS["reference"](), name, folder),
+        storage=url,
+        network="wrn-10-1:group",
+        schedule=Schedule(lr=0.05, first_cycle=STEPS, cycles=1),
+        batch=BATCH,
+        probe_batch=20,
+        group=GROUP,
+        workers=(1, 2) if FAULTS[name].elastic else 2,
+        actors=2,
+        evaluate_every=EVALUATE_EVERY,
+        checkpoint_steps=CHECKPOINT_STEPS,
+        timeout=TIMEOUT,
+        seed=SEED,
+    )
+
+
+def drive(name: str, folder: str, url: str) -> None:
+    """The driver's whole program."""
+    if FAULTS[name].elastic:  # the nodes' GPUs are numbers only
+        config = launch.TorchConfig
+        launch.TorchConfig = lambda **named: config(backend="gloo", **named)
+    launch.guarded(lambda: launch.run(recipe(name, folder, url)))
+
+
+@contextlib.contextmanager
+def place(name: str, folder: str) -> Iterator[str]:
+    """The storage of a fault's run."""
+    if name == "storage_down":
+        EMULATOR.data = f"{folder}/cloud"
+        EMULATOR.start()
+        try:
+            yield f"gs://{BUCKET}/runs"
+        finally:
+            EMULATOR.stop()
+        return
+    disk = f"{folder}/disk"
+    os.mkdir(disk)
+    if name != "full_disk":
+        yield disk
+        return
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", disk]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        Path(folder, "stand_in").touch()
+    try:
+        yield disk
+    finally:
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+
+
+@contextlib.contextmanager
+def cluster(gpus: int) -> Iterator[Cluster]:
+    """A head without CPUs and two nodes; all their processes are gone in the end."""
+    port = free_port()
+    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"  # before: what Ray starts for itself on a node looks it up, too
+    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1", "gcs_server_port": port}
+    held = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            add_node(held, gpus)
+        yield held
+    finally:
+        held.shutdown()
+        del os.environ["RAY_ADDRESS"]
+
+
+def add_node(held: Cluster, gpus: int = 0) -> None:
+    """One more node for work."""
+    held.add_node(num_cpus=CPUS, num_gpus=gpus, node_ip_address="127.0.0.1")
+
+
+def observe(name: str, folder: str) -> tuple[Row, Row]:
+    """Run with a fault: what it says of itself for the table, and what its storage holds in the end."""
+    said: Row = {"fault": name, "survived": False}
+    with place(name, folder) as url, cluster(gpus=int(FAULTS[name].elastic)) as held:
+        scene = Scene(name, folder, url, held)
+        scene.start()
+        try:
+            said["note"] = FAULTS[name].outside(scene)
+            scene.wait(lambda: scene.driver.poll() is not None)
+            said["survived"] = scene.driver.returncode == 0
+        except TimeoutError as error:
+            said["note"] = str(error)
+        finally:
+            if scene.driver.poll() is None:
+                scene.driver.kill()
+                scene.driver.wait()
+            for process in notes(folder, "stopped"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+        said["seconds"] = round(time.monotonic() - scene.started, 1)
+        said["starts"] = sum(line.startswith("rank 0") for line in notes(folder, "places"))
+        return said, results(f"{url}/run")
+
+
+def results(folder: str) -> Row:
+    """Ledger and parameters of a run, as far as it came."""
+    held: Row = {"rows": {}, "count": 0, "parameters": None}
+    with contextlib.suppress(FileNotFoundError):
+        table = ledger.read(folder)
+        columns = {column: table[column].to_numpy() for column in table.column_names}
+        held["rows"] = {
+            (epoch, each): tuple(column[row] for column in columns.values())
+            for row, (epoch, each) in enumerate(zip(columns["epoch"].tolist(), columns["id"].tolist(), strict=True))
+        }
+        held["count"] = table.num_rows
+        with fsspec.open(f"{folder}/model.safetensors") as file:
+            held["parameters"] = safetensors.numpy.load(file.read())
+    return held
+
+
+def compared(name: str, said: Row, ours: Row, theirs: Row) -> Row:
+    """The row of the table: what is left of `theirs`, the twin's results, in `ours`."""
+    exact, folder = FAULTS[name].exact, said.pop("folder")
+    part = slice(None) if exact else slice(4)  # step, epoch, id and label; the rest is rounded otherwise
+    lost = sum(key not in ours["rows"] or ours["rows"][key][part] != row[part] for key, row in theirs["rows"].items())
+    equal, apart = False, None
+    if ours["parameters"] is not None:
+        pairs = [(ours["parameters"][key], value) for key, value in theirs["parameters"].items()]
+        equal = all(np.array_equal(a, b) for a, b in pairs)
+        apart = max(float(np.abs(a - b).max()) for a, b in pairs)
+    return {
+        "fault": name,
+        "survived": said["survived"],
+        "rows_lost": lost,
+        "rows_repeated_after_dedup": ours["count"] - len(ours["rows"]),
+        "seconds_to_resume": longest_wait(folder),
+        "parameters_equal": equal,
+        "max_difference": apart,
+        **{key: said[key] for key in ("starts", "seconds", "note")},
+    }
+
+
+def longest_wait(folder: str) -> float | None:
+    """From the fault on, the longest time until a step was done that was not done before; None without a fault."""
+    struck = notes(folder, "fault")
+    if not struck:
+        return None
+    longest, last, furthest = 0.0, float(struck[0]), -1
+    for line in notes(folder, "steps"):
+        step, when = int(line.split()[0]), float(line.split()[1])
+        if step > furthest:
+            furthest = step
+            if when > float(struck[0]):
+                longest, last = max(longest, when - last), when
+    return round(longest, 1)
+
+
+def measure(faults: Sequence[str], scratch: str, console: Console) -> Iterator[Row]:
+    """The rows of the table, as they come; a twin's run is made once."""
+    twins: dict[str, Row] = {}
+    for name in faults:
+        for each in (FAULTS[name].twin, name):
+            if each in twins:
+                continue
+            folder = f"{scratch}/{each}"
+            os.mkdir(folder)
+            said, found = observe(each, folder)
+            if each == name:
+                yield compared(name, {**said, "folder": folder}, found, twins[FAULTS[name].twin])
+            elif said["survived"]:
+                twins[each] = found
+            else:
+                fail(f"the {each} run failed ({said.get('note')}): see {folder}/driver.log")
+            console.print(f"{each}: {said}", highlight=False, soft_wrap=True)
+
+
+def fail(why: str) -> NoReturn:
+    """End the program."""
+    sys.exit(f"error: {why}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    every = [name for name in FAULTS if name not in TWINS]
+    parser = argparse.ArgumentParser(description="What becomes of a run when something breaks.")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--faults", nargs="+", choices=every, default=every, metavar="FAULT", help=", ".join(every))
+    parser.add_argument("--keep", help="an empty folder for logs and storage of all runs; else they are removed")
+    chosen = parser.parse_args(arguments)
+    console = Console()
+    os.environ.update(SETTINGS | CLOUD, STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{EMULATOR.port}")
+    table = Table(*("fault", "survived", "rows lost", "repeated", "s to resume", "parameters equal", "note"))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="faults") as scratch:
+        scratch = chosen.keep or scratch
+        os.environ["RAY_TMPDIR"] = scratch  # Ray's own files too: others on this machine are not to find our cluster
+        for row in measure(chosen.faults, scratch, console):
+            rows.append(row)
+            told = list(row.values())
+            table.add_row(*map(str, [*told[:6], row["note"]]))
+            chosen.out.write_text(json.dumps(rows, indent=1) + "\n")  # what is measured is kept, whatever comes
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""A network run in chunks, in bf16 or channels last, is the network: same numbers, same names, less memory.
+
+Shapes: B images, K classes.
+"""
+
+import copy
+import dataclasses
+import io
+import runpy
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from training import networks
+from training.objectives.ieg import paper, reference, winnow
+from training.objectives.interface import Alone, Moment
+from training.objectives.meta import MetaProblem, meta_gradient
+from training.objectives.reweight import Reweight, normalised_weights
+from training.objectives.supervised import Supervised
+from training.passes import Passes
+from training.state import TrainState, kernels
+from training.step import update
+
+build_problem = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["build_problem"]
+
+ENGINES = ["forward", "second_order", "difference"]
+OBJECTIVES = {
+    "supervised": Supervised(),
+    **{
+        f"{make.__name__} by {engine}": dataclasses.replace(make(), engine=engine)
+        for make in (reference, paper, winnow, Reweight)
+        for engine in ENGINES
+    },
+}
+
+
+def passes(network, chunks=1, dtype=torch.float64, channels_last=False) -> Passes:
+    return Passes(network, chunks=chunks, dtype=dtype, channels_last=channels_last)
+
+
+def new_state(model) -> TrainState:
+    return TrainState(model, momentum=0.9, weight_decay=0.03, decayed=kernels(model), average=True)
+
+
+def train(model, objective, batch, steps=2, workers=None):
+    """The state after some steps, and every step's outcome."""
+    state = new_state(model)
+    said = [update(state, objective, batch, lr=0.05, workers=workers or Alone()) for _ in range(steps)]
+    return state, said
+
+
+def assert_trained_alike(found, expected, tolerance):
+    """Parameters, averages, velocities, losses and coefficients."""
+    torch.testing.assert_close(
+        (found[0].state_dict(), found[0].momentum_buffers()),
+        (expected[0].state_dict(), expected[0].momentum_buffers()),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+    for one, other in zip(found[1], expected[1], strict=True):
+        for left, right in (
+            (one.total, other.total),
+            (one.parts, other.parts),
+            (one.prediction_BK, other.prediction_BK),
+            (vars(one.coefficients), vars(other.coefficients)),
+        ):
+            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+def tensors(values: dict) -> dict:
+    return {name: value.detach().clone() for name, value in values.items()}
+
+
+# --- chunks
+
+
+@pytest.fixture(scope="module")
+def group_problem():
+    return build_problem("wrn-10-1:group")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_chunks_of_a_group_norm_network_are_the_whole_batch(name, group_problem):
+    expected = train(group_problem.fresh().model, OBJECTIVES[name], group_problem.batch)
+    found = train(passes(group_problem.fresh().model, chunks=2), OBJECTIVES[name], group_problem.batch)
+    # a difference is divided by its step, and rounding with it
+    assert_trained_alike(found, expected, 1e-8 if "difference" in name else 1e-12)
+
+
+def test_chunks_in_float32_are_the_whole_batch_to_rounding():
+    problem = build_problem("wrn-10-1:group", dtype=torch.float32)
+    expected = train(problem.fresh().model, winnow(), problem.batch)
+    found = train(passes(problem.fresh().model, chunks=2, dtype=torch.float32), winnow(), problem.batch)
+    assert_trained_alike(found, expected, 1e-4)
+
+
+def test_one_chunk_is_the_bare_network_bit_for_bit(problem):
+    expected = train(problem.fresh().model, reference(), problem.batch)
+    assert_trained_alike(train(passes(problem.fresh().model), reference(), problem.batch), expected, 0)
+
+
+def test_batch_norm_normalises_each_chunk_by_itself(problem):
+    image_BCHW = problem.batch.weak_BCHW
+    alone = problem.fresh().model
+    logits_BK = torch.cat([alone(chunk) for chunk in image_BCHW.chunk(3)])
+    logits_BK.square().sum().backward()
+
+    model = passes(problem.fresh().model, chunks=3)
+    found_BK = model(image_BCHW)
+    moved = tensors(dict(model.named_buffers()))
+    found_BK.square().sum().backward()
+    torch.testing.assert_close(found_BK, logits_BK, rtol=0, atol=0)
+    # running statistics: once a chunk, and not again when backward runs the chunks a second time
+    torch.testing.assert_close(moved, dict(alone.named_buffers()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.named_buffers()), moved, rtol=0, atol=0)
+    for value, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, expected.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_moves_statistics_by_its_weak_views_only(problem):
+    model = passes(problem.fresh().model, chunks=2)
+    expected = passes(problem.fresh().model, chunks=2)
+    expected(problem.batch.weak_BCHW)
+    train(model, reference(), problem.batch, steps=1)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()), rtol=0, atol=0)
+
+
+def posed(problem, model, lookahead="momentum") -> MetaProblem:
+    batch, dtype = problem.batch, problem.batch.weak_BCHW.dtype
+    noise_BK = torch.randn(len(batch.label_B), batch.classes, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return MetaProblem(
+        model=model,
+        batch=batch,
+        moment=problem.moment,
+        workers=Alone(),
+        logits_BK=model(batch.weak_BCHW),
+        given_BK=F.one_hot(batch.label_B, batch.classes).to(dtype),
+        pseudo_BK=(2 * noise_BK).softmax(1),
+        lambda0=0.7,
+        alpha=0.1,
+        lookahead=lookahead,
+        probe_decay=True,
+    )
+
+
+@pytest.mark.parametrize("lookahead", ["momentum", "sgd", "l2r"])
+def test_engines_agree_on_chunks_with_batch_norm(problem, lookahead):
+    answers = {
+        engine: meta_gradient(engine, posed(problem, passes(problem.fresh().model, chunks=2), lookahead))
+        for engine in ENGINES
+    }
+    whole_B = meta_gradient("forward", posed(problem, problem.fresh().model, lookahead))[0]
+    for exact_B, oracle_B, near_B in zip(*(answers[engine] for engine in ENGINES), strict=True):
+        assert (exact_B - oracle_B).norm() <= 1e-10 * oracle_B.norm()
+        assert (near_B - oracle_B).norm() <= 1e-2 * oracle_B.norm()
+    assert (answers["forward"][0] - whole_B).norm() > 1e-3 * whole_B.norm()  # batch norm does tell chunks from a whole
+
+
+class Threads:
+    """Workers that are threads, one at a time since forward mode is not made for them; autograd does not go through."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.turn = size, threading.Lock()
+        self._barrier, self._given = threading.Barrier(size, timeout=60), {}
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self.turn.acquire()
+
+    def mean(self, tensors) -> list[Tensor]:
+        assert not any(tensor.requires_grad for tensor in tensors)
+        self._given[threading.get_ident()] = tensors
+        self._meet()
+        means = [sum(parts) / self.size for parts in zip(*self._given.values(), strict=True)]
+        self._meet()
+        return means
+
+
+def part_of(batch, rank: int, world: int):
+    """What `rank` holds of a batch of four groups."""
+
+    def mine(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (4, -1))[rank::world].flatten(0, 1)
+
+    held = {name: mine(value) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **held, group_keys=batch.group_keys[rank::world])
+
+
+def test_chunks_of_a_group_make_batch_norm_independent_of_the_workers(problem):
+    """Also where a group has fewer trusted images than noisy ones."""
+    batch = dataclasses.replace(
+        problem.batch,
+        probe_MCHW=problem.batch.probe_MCHW[:8],
+        probe_label_M=problem.batch.probe_label_M[:8],
+        group_keys=(1, 2, 3, 4),
+    )
+    one, said = train(passes(problem.fresh().model, chunks=4), winnow(), batch)
+    for world in (2, 4):
+        workers, found = Threads(world), {}
+
+        def work(rank, world=world, workers=workers, found=found):
+            with workers.turn:
+                model = passes(problem.fresh().model, chunks=4 // world)
+                found[rank] = train(model, winnow(), part_of(batch, rank, world), workers=workers)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for rank in range(world):
+            state, answers = found[rank]
+            expected = tensors(dict(one.model.named_parameters()))
+            torch.testing.assert_close(tensors(dict(state.model.named_parameters())), expected, rtol=1e-11, atol=1e-11)
+            for found_step, step in zip(answers, said, strict=True):
+                weight_B = step.coefficients.weight_B.unflatten(0, (4, -1))[rank::world].flatten()
+                torch.testing.assert_close(found_step.coefficients.weight_B, weight_B, rtol=1e-9, atol=1e-9)
+
+
+class Dropping(nn.Module):
+    """Random in training, by a flag of its own; with a parameter and an unsaved buffer at the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3, 1, 1), 2.0))
+        self.register_buffer("shift", torch.ones(3, 1, 1), persistent=False)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        mean_BC = (image_BCHW * self.scale + self.shift).square().mean((2, 3))
+        return self.head(F.dropout(mean_BC, 0.5, self.training))
+
+
+def test_chunks_drop_the_same_again_in_backward():
+    network, image_BCHW = Dropping(), torch.randn(6, 3, 4, 4)
+    gradients = []
+    for model in (copy.deepcopy(network), passes(copy.deepcopy(network), chunks=3, dtype=torch.float32)):
+        torch.manual_seed(5)
+        chunks = [image_BCHW] if isinstance(model, Passes) else image_BCHW.chunk(3)
+        torch.cat([model(chunk) for chunk in chunks]).square().sum().backward()
+        gradients.append([value.grad for value in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    model.eval()
+    assert torch.equal(model(image_BCHW), model(image_BCHW))
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_training_only(problem):
+    state = new_state(passes(problem.model, chunks=4))
+    with pytest.raises(ValueError, match="10 images do not divide into 4 equal chunks"):
+        update(state, reference(), problem.batch, lr=0.1, workers=Alone())
+    assert state.predict(problem.batch.probe_MCHW).shape == (10, 5)
+
+
+# --- memory
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made under it held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.bytes = 0
+        self._held: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._held | given:
+                self._held.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.bytes = max(self.bytes, self.live)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return made
+
+    def _free(self, storage: int, size: int) -> None:
+        self._held.discard(storage)
+        self.live -= size
+
+
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [
+        (Supervised(), 0.4),
+        (winnow(), 0.25),
+        # all of the gradient's own graph is kept, whatever the chunks
+        (dataclasses.replace(winnow(), engine="second_order"), 0.6),
+    ],
+)
+def test_chunks_save_memory(objective, share):
+    problem = build_problem(dtype=torch.float32, noisy=32, probe=32)
+    peaks, saved = [], []
+    for chunks in (1, 4):
+        state = new_state(passes(problem.fresh().model, chunks=chunks, dtype=torch.float32))
+        with Peak() as peak:
+            update(state, objective, problem.batch, lr=0.05, workers=Alone())
+        peaks.append(peak.bytes - peak.live)  # beyond the gradients and velocities that stay
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            state.model(problem.batch.weak_BCHW)
+        saved.append(sum(held))
+    assert peaks[1] < share * peaks[0]
+    assert saved[1] < 0.1 * saved[0]  # after a forward pass
+
+
+# --- bf16
+
+
+@pytest.mark.parametrize("engine", ["forward", "second_order"])
+@pytest.mark.parametrize("network", ["wrn-10-1", "wrn-10-1:group", "resnet29"])
+def test_meta_gradient_in_bf16_judges_as_in_float32(network, engine):
+    problem = build_problem(network, dtype=torch.float32, noisy=64, probe=64)
+    exact = meta_gradient(engine, posed(problem, problem.fresh().model))
+    found = meta_gradient(engine, posed(problem, passes(problem.fresh().model, dtype=torch.bfloat16)))
+    for found_B, exact_B in zip(found, exact, strict=True):
+        assert found_B.dtype == torch.float32
+        clear_B = exact_B.abs() > 0.1 * exact_B.abs().mean()
+        assert (found_B.sign() == exact_B.sign())[clear_B].float().mean() >= 0.95
+    weights = torch.stack([normalised_weights(-omega_B, Alone()) for omega_B, _ in (found, exact)])
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.corrcoef(weights)[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "difference" not in name])
+def test_bf16_is_inside_the_network_only(name):
+    problem = build_problem(dtype=torch.float32)
+    model = passes(problem.fresh().model, chunks=2, dtype=torch.bfloat16, channels_last=True)
+    inside = set()
+    for module in (model.blocks[0].conv1, model.blocks[0].norm2, model.head):
+        module.register_forward_hook(lambda module, inputs, output: inside.add((inputs[0].dtype, output.dtype)))
+    state, said = train(model, OBJECTIVES[name], problem.batch)
+    state.predict(problem.batch.probe_MCHW)
+    assert inside == {(torch.bfloat16, torch.bfloat16)}
+    kept = [*state.model.parameters(), *state.momentum_buffers().values(), *state.averaged.values()]
+    kept += [buffer for buffer in state.model.buffers() if buffer.is_floating_point()]
+    kept += [value.grad for value in state.model.parameters()]
+    kept += [said[-1].total, said[-1].prediction_BK, said[-1].coefficients.weight_B]
+    assert {value.dtype for value in kept} == {torch.float32}
+    same, other = passes(problem.fresh().model, 2, torch.bfloat16), passes(problem.fresh().model, 2, torch.float32)
+    for running in (same, other):  # statistics move as in float32, by more than bf16 errs
+        running(problem.batch.weak_BCHW)
+    moved = same.norm.running_mean - problem.model.norm.running_mean
+    expected = other.norm.running_mean - problem.model.norm.running_mean
+    assert (moved - expected).norm() < 0.02 * expected.norm()
+    assert all(torch.isfinite(value).all() for value in kept)
+
+
+def test_bf16_trains_as_far_as_float32():
+    """Three colours to tell apart; after 30 steps of cross-entropy the losses are within 0.02 of each other."""
+    rng = torch.Generator().manual_seed(0)
+    label_B = torch.arange(48) % 3
+    image_BCHW = 0.5 * torch.randn(48, 3, 8, 8, generator=rng)
+    image_BCHW[torch.arange(48), label_B] += 0.7
+    batch = build_problem(dtype=torch.float32).batch
+    batch = dataclasses.replace(batch, weak_BCHW=image_BCHW, label_B=label_B, classes=3)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = passes(networks.build("wrn-10-1", 3, 3, seed=0), chunks=2, dtype=dtype)
+        _, said = train(model, Supervised(), batch, steps=30)
+        losses.append([outcome.total.item() for outcome in said])
+    assert losses[0] != losses[1]
+    assert min(losses[0][0], losses[1][0]) > 0.9
+    assert max(losses[0][-1], losses[1][-1]) < 0.1
+    assert losses[1][-1] == pytest.approx(losses[0][-1], abs=0.02)
+
+
+# --- channels last
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_channels_last_is_the_same_to_rounding(problem, chunks, engine):
+    objective = dataclasses.replace(winnow(), engine=engine)
+    expected = train(passes(problem.fresh().model, chunks), objective, problem.batch)
+    model, seen = passes(problem.fresh().model, chunks, channels_last=True), []
+    model.stem.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], module.weight)))
+    found = train(model, objective, problem.batch)
+    assert_trained_alike(found, expected, 1e-7 if engine == "difference" else 1e-10)
+    tensors = [x for pair in seen for x in pair] + [found[0].averaged["stem.weight"]]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+    assert not expected[0].averaged["stem.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+# --- names
+
+
+@pytest.mark.parametrize("make", [lambda: networks.build("wrn-10-1", 3, 2, seed=0), Dropping])
+def test_names_are_the_networks_own(make):
+    network = make()
+    names = (
+        [[name for name, _ in named] for named in (network.named_parameters(), network.named_buffers())],
+        list(network.state_dict()),
+    )
+    decayed = kernels(network)
+    model = passes(network, chunks=2, dtype=torch.bfloat16, channels_last=True)
+    assert names == (
+        [[name for name, _ in named] for named in (model.named_parameters(), model.named_buffers())],
+        list(model.state_dict()),
+    )
+    assert kernels(model) == decayed
+    assert list(new_state(model).inference_weights()) == names[1]
+
+
+def test_weights_and_checkpoints_serve_the_bare_network(problem):
+    state, _ = train(passes(problem.fresh().model, chunks=2, channels_last=True), reference(), problem.batch)
+    image_BCHW = problem.batch.probe_MCHW
+    predicted_BK = state.predict(image_BCHW)
+    assert state.model.training
+    exported = problem.fresh().model.eval()
+    exported.load_state_dict(state.inference_weights())
+    with torch.no_grad():
+        torch.testing.assert_close(exported(image_BCHW), predicted_BK, rtol=1e-12, atol=1e-12)
+
+    file = io.BytesIO()
+    torch.save(state.state_dict(), file)
+    file.seek(0)
+    bare = new_state(problem.fresh().model)
+    bare.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(bare.state_dict(), state.state_dict(), rtol=0, atol=0)
+    again = new_state(passes(problem.fresh().model, chunks=1, dtype=torch.bfloat16))
+    again.load_state_dict(bare.state_dict())
+    torch.testing.assert_close(again.state_dict(), state.state_dict(), rtol=0, atol=0)
+
+
+def test_a_copy_lives_on_its_own(problem):
+    model = passes(problem.model, chunks=2)
+    other, before = copy.deepcopy(model), tensors(model.state_dict())
+    train(other, Supervised(), problem.batch, steps=1)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    other.eval()
+    assert model.training
+    assert all(module.training for module in model.modules())
+    moment = Moment(lr=0.05)
+    totals = [Supervised()(copied, problem.batch, moment, Alone()).total for copied in (model, copy.deepcopy(model))]
+    assert totals[0] == totals[1]

@@ -1,0 +1,173 @@
+"""A run that was stopped anywhere and started again ends to the bit as one that was not: weights, ledger, history."""
+
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline import storage
+from pipeline.dataset import InputError
+from tests.training.test_launch import recipe, weights
+from training import checkpoint, launch, ledger, loop
+from training.recipe import Recipe
+from training.schedule import Schedule
+
+ORDER = [("step", "ascending"), ("id", "ascending")]
+
+
+def run(made: Recipe) -> tuple[launch.Result, str]:
+    """The run, and what it printed."""
+    output = io.StringIO()
+    return launch.run(made, Console(file=output, width=300)), output.getvalue()
+
+
+def short(storage_path: Path, **changes) -> Recipe:
+    """16 steps with batch norm in float32, evaluated after 5, 8, 10, 15 and 16, a checkpoint every 3."""
+    schedule = Schedule(lr=0.05, first_cycle=8, cycles=2, t_mul=1.0)
+    settings = {"network": "wrn-10-1", "schedule": schedule, "precision": "float32", "evaluate_every": 5}
+    return recipe(storage_path, checkpoint_steps=3, **settings, **changes)
+
+
+def assert_same(result: launch.Result, whole: launch.Result) -> None:
+    expected, actual = weights(whole.folder), weights(result.folder)
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+    assert ledger.read(result.folder).sort_by(ORDER).equals(ledger.read(whole.folder).sort_by(ORDER))
+
+    def timeless(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: value for name, value in row.items() if name != "images_per_second"} for row in history]
+
+    assert timeless(result.history) == timeless(whole.history)
+
+
+@pytest.fixture(scope="module")
+def whole(local_ray, tmp_path_factory) -> launch.Result:
+    return run(short(tmp_path_factory.mktemp("whole")))[0]
+
+
+class Killed(BaseException):
+    """Takes no notice of `except Exception`, as a signal does."""
+
+
+def killed(monkeypatch, where: object, name: str, call: int) -> None:
+    """Make the `call`-th call of `where.name` the last one."""
+    original, left = getattr(where, name), [call]
+
+    def act(*arguments, **named):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(where, name, act)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "call", "step"),
+    [
+        (loop, "update", 2, 0),
+        (loop, "update", 8, 6),
+        (loop, "evaluate", 2, 6),
+        (ledger.Ledger, "flush", 3, 5),
+        (checkpoint.Writer, "save", 4, 6),
+        (loop, "export", 1, 15),
+    ],
+)
+def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, name, call, step):
+    with monkeypatch.context() as patched:
+        killed(patched, where, name, call)
+        with pytest.raises(Killed):
+            run(short(tmp_path))
+    result, printed = run(short(tmp_path))
+    assert f"{step} of 16 steps are done" in printed if step else "steps are done" not in printed
+    assert_same(result, whole)
+
+
+def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            killed(patched, loop, "update", 4)
+            with pytest.raises(Killed):
+                run(short(tmp_path))
+    assert_same(run(short(tmp_path))[0], whole)
+
+
+@pytest.mark.parametrize("harm", ["state.pt", "commit.json"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path, harm):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    (folder / "step_00000016" / harm).write_bytes(b"half a file")
+    result, printed = run(short(tmp_path))
+    assert ("step_00000016/state.pt is damaged" in printed) == (harm == "state.pt")
+    assert "15 of 16 steps are done" in printed
+    assert_same(result, whole)
+
+
+def test_without_any_whole_checkpoint_the_run_begins_anew(whole, tmp_path):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    for state in folder.glob("step_*/state.pt"):
+        state.write_bytes(b"half a file")
+    result, printed = run(short(tmp_path))
+    assert printed.count("is damaged") == 2
+    assert_same(result, whole)
+
+
+def test_storage_that_fails_for_a_while_loses_nothing(whole, tmp_path, monkeypatch):
+    """As on a full disk: rows are held back, checkpoints left out, and the run goes on."""
+    write, left = storage.write, [6]
+
+    def on_a_full_disk(fs, path, data):
+        if ("ledger" in path or "step_" in path) and left[0]:
+            left[0] -= 1
+            raise InputError(f"cannot use {path} (No space left on device): free some space there")
+        write(fs, path, data)
+
+    monkeypatch.setattr(storage, "write", on_a_full_disk)
+    result, printed = run(short(tmp_path))
+    assert "ledger rows of steps 0 to 2 are held back" in printed
+    assert_same(result, whole)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, local_ray, monkeypatch):
+    write = storage.write
+
+    def on_a_full_disk(fs, path, data):
+        if "step_00000016" in path:
+            raise InputError("cannot use there (No space left on device): free some space there")
+        write(fs, path, data)
+
+    monkeypatch.setattr(storage, "write", on_a_full_disk)
+    with pytest.raises(InputError, match=r"no checkpoint was written: .*No space left"):
+        run(short(tmp_path))
+
+
+def test_checkpoints_by_the_clock(tmp_path, local_ray, monkeypatch):
+    made = replace(short(tmp_path), checkpoint_steps=0, checkpoint_minutes=1e-6, evaluate_every=0)
+    seen = []
+    save = checkpoint.Writer.save
+    monkeypatch.setattr(
+        checkpoint.Writer, "save", lambda self, state, top1: seen.append(state["step"]) or save(self, state, top1)
+    )
+    run(made)
+    assert seen == [8, 10, 16]  # looked at every 10 steps; 8 and 16 are cycle ends
+
+
+def test_what_may_change_between_starts(whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    made = replace(short(tmp_path), checkpoint_steps=7, checkpoint_minutes=1.0, timeout=60.0, actors=2)
+    assert run(made)[0].history == whole.history
+
+
+def test_a_run_that_starts_again_and_again_at_one_step_gives_up(tmp_path):
+    for _ in range(loop.MOST_STARTS):
+        loop._note_start(str(tmp_path), 30)
+    loop._note_start(str(tmp_path), 40)
+    for _ in range(loop.MOST_STARTS - 1):
+        loop._note_start(str(tmp_path), 40)
+    loop.write_note(str(tmp_path), loop.LAST_ERROR, "RuntimeError('so it was')")
+    with pytest.raises(InputError, match=r"started 4 times at step 40 and came to no checkpoint .*so it was"):
+        loop._note_start(str(tmp_path), 40)

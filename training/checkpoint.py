@@ -1,0 +1,120 @@
+"""Checkpoints of a run: whole or not at all, on any storage, written beside the training.
+
+    step_00001200/state.pt       what torch.load(weights_only=True) reads
+    step_00001200/commit.json    bytes and SHA-256 of state.pt, accuracy: written last; without it nothing counts
+
+Of all, the newest and the best by accuracy are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.dataset import InputError
+
+KEPT = 2  # newest checkpoints, so that there is one before a damaged one
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished checkpoint."""
+
+    step: int
+    bytes: int
+    sha256: str
+    top1: float | None  # of the evaluation at this step, where there was one
+
+
+def commits(folder: str) -> list[Commit]:
+    """The finished checkpoints in a run's folder, oldest first; a record that cannot be read is none."""
+    fs, path = storage.connect(folder)
+    try:
+        names = storage.attempt(fs, path, lambda: fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        if name.rstrip("/").rpartition("/")[2].startswith("step_"):
+            try:
+                found.append(Commit(**json.loads(storage.read(fs, f"{name.rstrip('/')}/commit.json"))))
+            except (FileNotFoundError, ValueError, TypeError):
+                continue  # never finished
+    return sorted(found, key=lambda commit: commit.step)
+
+
+def latest(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """What the newest whole checkpoint holds; a damaged one is told to `warn`, and the one before it taken."""
+    fs, path = storage.connect(folder)
+    for commit in reversed(commits(folder)):
+        name = f"{_name(commit.step)}/state.pt"
+        try:
+            data = storage.read(fs, storage.join(path, name))
+            if (len(data), hashlib.sha256(data).hexdigest()) != (commit.bytes, commit.sha256):
+                raise ValueError("its bytes are not those that were written")
+            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        except (FileNotFoundError, ValueError) as error:
+            warn(f"checkpoint {folder}/{name} is damaged ({error}): going on from the one before it")
+    return None
+
+
+class Writer:
+    """Saves checkpoints in a thread: training goes on while one is uploaded. Only one worker has a writer."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.thread = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
+
+    def save(self, state: dict[str, Any], top1: float | None) -> str:
+        """Begin to save `state`, of which a copy is taken now; returns what went wrong with the one before, or "".
+
+        A checkpoint that could not be written is not made up for: the next one comes soon, and older ones stay.
+        """
+        problem = self.wait()
+        copy = io.BytesIO()
+        torch.save(state, copy)
+        self.last = self.thread.submit(_write, self.folder, int(state["step"]), copy.getvalue(), top1)
+        return problem
+
+    def wait(self) -> str:
+        """Wait until all is saved; returns what went wrong, or ""."""
+        last, self.last = self.last, None
+        try:
+            if last:
+                last.result()
+        except (InputError, OSError) as error:
+            return f"no checkpoint was written: {error}"
+        return ""
+
+    def close(self) -> None:
+        """Wait until all is saved."""
+        self.thread.shutdown(wait=True)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _write(folder: str, step: int, data: bytes, top1: float | None) -> None:
+    fs, path = storage.connect(folder)
+    place = storage.join(path, _name(step))
+    storage.write(fs, f"{place}/state.pt", data)
+    commit = Commit(step, len(data), hashlib.sha256(data).hexdigest(), top1)
+    storage.write(fs, f"{place}/commit.json", json.dumps(asdict(commit)).encode())
+    done = commits(folder)
+    measured = [each for each in done if each.top1 is not None]
+    best = max(measured, key=lambda each: (each.top1, each.step), default=None)
+    for old in done[:-KEPT]:
+        if old != best:
+            remove = functools.partial(fs.rm, storage.join(path, _name(old.step)), recursive=True)
+            storage.attempt(fs, path, remove)

@@ -1,0 +1,96 @@
+"""How a network is run: its batch in chunks that fit in memory, its layers in a chosen precision and memory layout.
+
+Shapes: B images of C channels and H×W pixels, b of them in one chunk, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+class Passes(nn.Module):
+    """`network`, which trains on `chunks` equal parts of every batch in turn and computes in `dtype`.
+
+    To objectives, optimiser and checkpoints it is the network, with its names, on one whole batch; images, logits,
+    parameters and gradients keep their own precision. Backward computes a chunk again when it comes to it, so that the
+    activations of one chunk at most exist at a time; only the engine `second_order` keeps a graph of all of them.
+
+    Only batch norm can tell: it normalises each chunk by itself and moves its running statistics once a chunk. Batches
+    are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
+    on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
+    """
+
+    _network: nn.Module
+
+    def __init__(self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool) -> None:
+        super().__init__()
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        # Not a child, whose name would stand before all others, but the same registries under another forward.
+        object.__setattr__(self, "_network", network)
+        self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        self._chunks, self._dtype = chunks, dtype
+        self._layout = torch.channels_last if channels_last else torch.preserve_format
+        # Batch norm takes float32 parameters with bf16 images, and in bf16 its statistics would stop moving.
+        self._uncast = frozenset(
+            name
+            for path, module in network.named_modules()
+            if isinstance(module, _BatchNorm)
+            for name, _ in (*module.named_parameters(path), *module.named_buffers(path))
+        )
+        for module in network.modules():
+            module.register_forward_hook(_match_tangent)
+
+    def train(self, mode: bool = True) -> Passes:
+        """See `nn.Module.train`."""
+        self._network.train(mode)
+        return super().train(mode)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits, B×K. Raises ValueError where a batch in training does not divide into the chunks."""
+        chunks = self._chunks if self.training else 1
+        if len(image_BCHW) % chunks:
+            raise ValueError(f"{len(image_BCHW)} images do not divide into {chunks} equal chunks")
+        # Taken now: others may stand in for them (`functional_call`) that are gone again when backward recomputes.
+        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        run = self._run_again_in_backward if chunks > 1 and torch.is_grad_enabled() else self._run
+        return torch.cat([run(image_bCHW, parameters, buffers) for image_bCHW in image_BCHW.chunk(chunks)])
+
+    def _run(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        # Cast by hand, since autocast leaves tangents behind; and for each chunk, so that gradients add up uncast.
+        values = {
+            name: value.to(self._dtype) if value.is_floating_point() and name not in self._uncast else value
+            for name, value in {**parameters, **buffers}.items()
+        }
+        cast_bCHW = image_bCHW.to(self._dtype, memory_format=self._layout)
+        return functional_call(self._network, values, (cast_bCHW,)).to(image_bCHW.dtype)
+
+    def _run_again_in_backward(
+        self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Tensor:
+        unmoved = [buffers]
+
+        def run(image_bCHW: Tensor) -> Tensor:
+            # Statistics move in the first run only; later ones move copies.
+            held = unmoved.pop() if unmoved else {name: buffer.clone() for name, buffer in buffers.items()}
+            return self._run(image_bCHW, parameters, held)
+
+        return checkpoint(run, image_bCHW, use_reentrant=False)
+
+
+def _match_tangent(module: nn.Module, inputs: Any, output: Any) -> Any:
+    # In forward mode a norm that computes in float32 inside leaves its bf16 output a float32 tangent, which the next
+    # convolution refuses. To float32 and back casts both.
+    tangent = unpack_dual(output).tangent if isinstance(output, Tensor) else None
+    if tangent is None or tangent.dtype == output.dtype:
+        return output
+    return output.to(tangent.dtype).to(output.dtype)
