@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -26,44 +25,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cv2
 import fsspec
 import numpy as np
-import pyarrow as pa
 import safetensors.numpy
-from fsspec.implementations.local import LocalFileSystem
 from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import storage
-from pipeline.dataset import Dataset, Examples
-from pipeline.digits import Digits
+from benchmarks.faults import (
+    FULL_UNTIL,
+    STRIKE,
+    EncodedDigits,
+    SlowDigits,
+    done,
+    kill_in_checkpoint,
+    kill_in_evaluation,
+    kill_in_step,
+    note,
+    note_place,
+    notes,
+    nothing,
+    once,
+    refuse_writes,
+    slow_down,
+    stop_for_good,
+)
 from pipeline.plan import Purpose, key
-from pipeline.views import CifarViews, DigitsViews
-from training import launch, ledger, loop
+from training import launch, ledger
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 
 STEPS, CHECKPOINT_STEPS, EVALUATE_EVERY = 80, 10, 20
-STRIKE = 37  # the step at which faults strike: some after a checkpoint, some before one with an evaluation
 BATCH, GROUP, SEED = 100, 50, 0
 TIMEOUT = 20.0  # recipe.timeout, seconds
-DEADLINE = 600.0  # of a run, seconds: one that takes longer hangs
-PAIR_SECONDS = 0.002  # what two views of a photograph take: actors are at work for most of the run
+DEADLINE = 240.0  # of a run, seconds: one that takes longer hangs
 OUTAGE = 5.0  # seconds without storage
-SLOW_STEPS, SLOW_SECONDS = 25, 0.3
-FULL_UNTIL = 63  # the step at which a full disk gets space again: an evaluation and three checkpoints later
 DISK_BYTES = 24 << 20
 CPUS = 3  # of a node: two nodes hold two workers, two actors and a CPU to spare
-POISONED_ROW = 100
 BUCKET = "resilience"
 CLOUD = {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # what the emulator understands
 SETTINGS = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
@@ -71,49 +77,13 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISAB
 Row = dict[str, Any]
 
 
-# ---- inside the run: notes of where it is, and what strikes from within ----------------------------------------------
-
-
-def note(folder: str, name: str, line: object) -> None:
-    """Add a line to one of a run's notes; several processes do."""
-    with open(f"{folder}/{name}", "a") as file:
-        file.write(f"{line}\n")
-
-
-def notes(folder: str, name: str) -> list[str]:
-    """The lines of a note."""
-    path = Path(folder, name)
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def once(folder: str) -> bool:
-    """Whether this is the first call for the run, in whatever process; notes the time of the fault."""
-    try:
-        with open(f"{folder}/fault", "x") as file:
-            file.write(f"{time.time()}")
-    except FileExistsError:
-        return False
-    return True
-
-
-def die(folder: str) -> None:
-    """Kill this process, as the kernel does, where the fault has not struck yet."""
-    if once(folder):
-        os.kill(os.getpid(), signal.SIGKILL)
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 @cache
 def group_numbers() -> dict[int, int]:
     """Group number by the group's key, the only thing in a batch that tells its step."""
     return {key(SEED, Purpose.MIXUP, group): group for group in range(STEPS * BATCH // GROUP)}
-
-
-@cache
-def note_place(folder: str, who: str) -> None:
-    """Note, once a process, on which node it is."""
-    import ray
-
-    note(folder, "places", f"{who} {ray.get_runtime_context().get_node_id()}")
 
 
 @dataclass(frozen=True)
@@ -138,134 +108,6 @@ class Faulty(Objective):
         if rank == 0:
             note(self.folder, "steps", f"{step} {time.time()}")
         return outcome
-
-
-@dataclass(frozen=True)
-class SlowViews(DigitsViews):
-    """Views of digits that take as long as those of photographs, and let a fault strike."""
-
-    fault: str
-    folder: str
-
-    def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """See `Views`."""
-        time.sleep(PAIR_SECONDS)
-        note_place(self.folder, "actor")
-        if self.fault == "data_actor_out_of_memory" and done(self.folder) >= STRIKE:
-            die(self.folder)
-        return super().pair(image_HWC, rng)
-
-
-@dataclass(frozen=True)
-class SlowDigits(Digits):
-    """Digits with slow views."""
-
-    fault: str = ""
-    folder: str = ""
-
-    @property
-    def views(self) -> SlowViews:
-        """See `Source`."""
-        return SlowViews(self.fault, self.folder)
-
-
-@dataclass(frozen=True)
-class EncodedDigits(Digits):
-    """Digits stored as PNG, one of them broken, or grey in its place."""
-
-    broken: bool = True
-
-    @property
-    def views(self) -> CifarViews:  # type: ignore[override]
-        """See `Source`; those of digits have one channel, and decoded images three."""
-        return CifarViews()
-
-    def load(self, url: str, seed: int) -> Dataset:
-        """See `Source`."""
-        plain = super().load(url, seed)
-        assert isinstance(plain.train, Examples)
-        poison = b"no image" if self.broken else png(np.full((8, 8, 1), 128, np.uint8))
-        tests = {name: encoded(test) for name, test in plain.tests.items() if isinstance(test, Examples)}
-        return replace(
-            plain, train=encoded(plain.train, {POISONED_ROW: poison}), probe=encoded(plain.probe), tests=tests
-        )
-
-
-def png(image_HW1: np.ndarray) -> bytes:
-    """A grey image's file."""
-    return bytes(cv2.imencode(".png", image_HW1)[1].tobytes())
-
-
-def encoded(examples: Examples, instead: dict[int, bytes] | None = None) -> Examples:
-    """The examples with encoded images, some rows of them with other bytes `instead`."""
-    files = [(instead or {}).get(row) or png(examples.image(row)) for row in range(len(examples))]
-    return replace(examples, image_N=pa.array(files, pa.binary()))
-
-
-def nothing(folder: str, step: int, rank: int) -> None:
-    """Disturb nothing."""
-
-
-def kill_in_step(folder: str, step: int, rank: int) -> None:
-    """Rank 1 dies."""
-    if (step, rank) == (STRIKE, 1):
-        die(folder)
-
-
-def kill_in_evaluation(folder: str, step: int, rank: int) -> None:
-    """Rank 1 dies when it looks at the first image of the next evaluation."""
-
-    def test(views: DigitsViews, image_HWC: np.ndarray) -> np.ndarray:
-        die(folder)
-        return image_HWC
-
-    if (step, rank) == (STRIKE, 1):
-        SlowViews.test = test  # type: ignore[method-assign]
-
-
-def kill_in_checkpoint(folder: str, step: int, rank: int) -> None:
-    """Rank 0 dies when the next checkpoint's state is written and its commit is not."""
-    write = storage.write
-
-    def cut_off(fs: Any, path: str, data: bytes) -> None:
-        if path.endswith("commit.json"):
-            die(folder)
-        write(fs, path, data)
-
-    if (step, rank) == (STRIKE, 0):
-        storage.write = cut_off
-
-
-def stop_for_good(folder: str, step: int, rank: int) -> None:
-    """Rank 1 stands still, and lives."""
-    if (step, rank) == (STRIKE, 1) and once(folder):
-        note(folder, "stopped", os.getpid())
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def slow_down(folder: str, step: int, rank: int) -> None:
-    """Rank 1 takes longer than the others, for a while."""
-    if rank == 1 and STRIKE <= step < STRIKE + SLOW_STEPS:
-        once(folder)
-        time.sleep(SLOW_SECONDS)
-
-
-def refuse_writes(folder: str, step: int, rank: int) -> None:
-    """Local files cannot be written, for a while: what stands for a full disk where nothing can be mounted."""
-    if step != STRIKE or not Path(folder, "stand_in").exists():
-        return
-    once(folder)
-    pipe, put = LocalFileSystem.pipe_file, LocalFileSystem.put_file
-
-    def unless_full(act: Callable[..., Any]) -> Callable[..., Any]:
-        def acting(*arguments: Any, **named: Any) -> Any:
-            if done(folder) < FULL_UNTIL:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return act(*arguments, **named)
-
-        return acting
-
-    LocalFileSystem.pipe_file, LocalFileSystem.put_file = unless_full(pipe), unless_full(put)
 
 
 # ---- outside the run -------------------------------------------------------------------------------------------------
@@ -299,11 +141,6 @@ class Scene:
             time.sleep(0.1)
 
 
-def done(folder: str) -> int:
-    """The last step done so far; −1 for none."""
-    return max((int(line.split()[0]) for line in notes(folder, "steps") if line), default=-1)
-
-
 def leave_alone(scene: Scene) -> str:
     """Do nothing."""
     return ""
@@ -315,11 +152,11 @@ def remove_node(scene: Scene) -> str:
     places = [line.split() for line in notes(scene.folder, "places")]
     actors = {place[-1] for place in places if place[0] == "actor"}
     workers = {place[-1] for place in places if place[0] == "rank"}
-    gone = next((node for node in scene.cluster.worker_nodes if node.node_id in actors & workers), None)
-    gone = gone or next(node for node in scene.cluster.worker_nodes if node.node_id in actors)
+    nodes = {str(node.all_processes["raylet"][0].process.pid): node for node in scene.cluster.worker_nodes}
+    gone = next(iter(nodes.keys() & actors & workers or nodes.keys() & actors))
     once(scene.folder)
-    scene.cluster.remove_node(gone, allow_graceful=False)
-    held = [" ".join(place[:-1]) for place in places if place[-1] == gone.node_id]
+    scene.cluster.remove_node(nodes[gone], allow_graceful=False)
+    held = [" ".join(place[:-1]) for place in places if place[-1] == gone]
     return f"it held {', '.join(held)}"
 
 
@@ -370,6 +207,18 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def find_warning(scene: Scene) -> str:
+    """Wait until the log tells of the poisoned image."""
+    found: list[str] = []
+
+    def told() -> bool:
+        found[:] = [line for line in notes(scene.folder, "driver.log") if "plain grey" in line]
+        return bool(found) or scene.driver.poll() is not None
+
+    scene.wait(told)
+    return found[0][found[0].index("warning:") :] if found and once(scene.folder) else ""
 
 
 class Emulator:
@@ -425,7 +274,7 @@ FAULTS = {
     "driver_killed": Fault(outside=kill_driver),
     "storage_down": Fault(outside=stop_storage),
     "full_disk": Fault(refuse_writes, fill_disk),
-    "poisoned_image": Fault(twin="grey_image"),
+    "poisoned_image": Fault(outside=find_warning, twin="grey_image"),
     "grey_image": Fault(),
     "data_actor_out_of_memory": Fault(),
     "slow_rank": Fault(slow_down),
@@ -499,8 +348,10 @@ def place(name: str, folder: str) -> Iterator[str]:
 def cluster(gpus: int) -> Iterator[Cluster]:
     """A head without CPUs and two nodes; all their processes are gone in the end."""
     port = free_port()
-    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"  # before: what Ray starts for itself on a node looks it up, too
-    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1", "gcs_server_port": port}
+    os.environ["RAY_ADDRESS"] = (
+        f"{get_node_ip_address()}:{port}"  # before: what Ray starts for itself on a node looks it up, too
+    )
+    head = {"num_cpus": 0, "include_dashboard": False, "gcs_server_port": port}
     held = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
@@ -513,7 +364,7 @@ def cluster(gpus: int) -> Iterator[Cluster]:
 
 def add_node(held: Cluster, gpus: int = 0) -> None:
     """One more node for work."""
-    held.add_node(num_cpus=CPUS, num_gpus=gpus, node_ip_address="127.0.0.1")
+    held.add_node(num_cpus=CPUS, num_gpus=gpus)
 
 
 def observe(name: str, folder: str) -> tuple[Row, Row]:
@@ -525,7 +376,7 @@ def observe(name: str, folder: str) -> tuple[Row, Row]:
         try:
             said["note"] = FAULTS[name].outside(scene)
             scene.wait(lambda: scene.driver.poll() is not None)
-            said["survived"] = scene.driver.returncode == 0
+            said["survived"] = scene.driver.returncode == 0 and (name in TWINS or bool(notes(folder, "fault")))
         except TimeoutError as error:
             said["note"] = str(error)
         finally:

@@ -5,7 +5,9 @@ Shapes: N examples, H×W pixels, C channels, K classes, U row groups.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +31,10 @@ class Split(Protocol):
     @property
     def row_groups(self) -> np.ndarray:
         """Rows of each of the U units that are read as a whole, int64, in row order; their sum is N."""
+
+    @property
+    def digest(self) -> str:
+        """A checksum of the rows, their order and labels: other data have another."""
 
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order, in memory."""
@@ -54,6 +60,11 @@ class Examples:
         """Ones: in memory every row is read by itself."""
         return np.ones(len(self), np.int64)
 
+    @property
+    def digest(self) -> str:
+        """A checksum of ids and labels."""
+        return hashlib.sha256(self.id_N.tobytes() + self.label_N.tobytes()).hexdigest()
+
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order."""
         true = None if self.true_label_N is None else self.true_label_N[rows]
@@ -73,7 +84,7 @@ class Dataset:
 
     train: Split
     probe: Examples
-    tests: dict[str, Split]  # the first is the one that the headline figure is read from
+    tests: Mapping[str, Split]  # the first is the one that the headline figure is read from
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())  # one line each, printed when a run starts (noise asked and measured)
 
@@ -83,6 +94,12 @@ class Dataset:
         if not isinstance(self.train, Examples) or self.train.true_label_N is None:
             return None
         return float(np.mean(self.train.label_N != self.train.true_label_N))
+
+    @property
+    def digest(self) -> str:
+        """A checksum of all examples and classes: a run resumes on the same data only."""
+        parts = [self.train.digest, self.probe.digest, *(test.digest for test in self.tests.values())]
+        return hashlib.sha256(" ".join([*parts, *self.class_names]).encode()).hexdigest()
 
     def check(self) -> Dataset:
         """Return self, or raise InputError naming what is wrong: empty, mislabelled, unbalanced or overlapping.

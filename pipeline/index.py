@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from pipeline.views import PhotoViews
 NAME = "index.json"
 ROW_GROUP = 16  # rows: some 400 kB of 256-px JPEGs, the least that storage serves at a good rate
 READERS = 8  # requests to storage at once, per reader
+FOOTERS = (
+    4096  # kept by an actor, compressed to a few kB each: those of 8 million images, whatever the number of shards
+)
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -141,6 +145,11 @@ class Shards:
             parts += [np.full(full, self.row_group), np.full(1 if rest else 0, rest)]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
+    @property
+    def digest(self) -> str:
+        """A checksum of the shards' own."""
+        return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order, with encoded images; each of their row groups is read once.
 
@@ -178,13 +187,18 @@ def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int
         )
 
 
-@lru_cache(maxsize=128)  # bounds an actor's memory, whatever the number of shards
 def _footer(url: str, shard: Shard) -> pq.FileMetaData:
+    with _named(storage.join(url, shard.name)):
+        # The footer by itself is a Parquet file without rows, as far as Parquet's reader of footers looks.
+        return pq.read_metadata(pa.BufferReader(zlib.decompress(_packed_footer(url, shard))))
+
+
+@lru_cache(maxsize=FOOTERS)
+def _packed_footer(url: str, shard: Shard) -> bytes:
     fs, path = storage.connect(url)
     path = storage.join(path, shard.name)
     with _named(path):
-        # The footer by itself is a Parquet file without rows, as far as Parquet's reader of footers looks.
-        return pq.read_metadata(pa.BufferReader(storage.read(fs, path, shard.bytes - shard.footer, shard.bytes)))
+        return zlib.compress(storage.read(fs, path, shard.bytes - shard.footer, shard.bytes))
 
 
 @contextmanager
@@ -192,7 +206,7 @@ def _named(path: str) -> Iterator[None]:
     # Say which shard it is that cannot be read.
     try:
         yield
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+    except (FileNotFoundError, pa.ArrowException, OSError, zlib.error) as error:
         if isinstance(error, ConnectionError):
             raise
         raise InputError(

@@ -15,8 +15,11 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 
 from pipeline.dataset import Examples, Split
+from pipeline.images import Rejected
 from pipeline.plan import Plan, Purpose, generator, probe_rows
 from pipeline.views import Views
+
+GREY = 128  # in place of an image that cannot be decoded
 
 # V rows each, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
 # `label` and `epoch` (−1 for trusted images) are int64.
@@ -31,12 +34,12 @@ def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block
     for place, group in enumerate(plan.groups_of(block)):
         rows = range(place * plan.group, (place + 1) * plan.group)
         rng = generator(plan.seed, Purpose.VIEWS, group)
-        pairs = [views.pair(held.image(row), rng) for row in rows]
+        pairs = [views.pair(_image(held, row, probe), rng) for row in rows]
         step, lane = divmod(group, plan.lanes)
         shares = probe_rows(probe.label_N, plan.probe * plan.lanes, plan.seed, step)
         trusted = shares[lane * plan.probe : (lane + 1) * plan.probe]
         rng = generator(plan.seed, Purpose.PROBE_VIEWS, group)
-        seen = [views.weak(probe.image(row), rng) for row in trusted]
+        seen = [views.weak(_image(probe, row, probe), rng) for row in trusted]
         noisy = slice(rows.start, rows.stop)
         groups.append(
             {
@@ -49,6 +52,15 @@ def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block
         )
     columns = {name: np.concatenate([group[name] for group in groups]) for name in ("group", "id", "label", "epoch")}
     return {**columns, "image": np.stack([image for group in groups for image in group["image"]])}
+
+
+def _image(examples: Examples, row: int, probe: Examples) -> np.ndarray:
+    # One of a million images is no reason to end a run: grey keeps its group whole, in the size of a trusted image.
+    try:
+        return examples.image(row)
+    except Rejected as error:
+        print(f"warning: the image of example {examples.id_N[row]} is {error}: trained on as plain grey")
+        return np.full_like(probe.image(0), GREY)
 
 
 class MakeViews:
@@ -72,6 +84,7 @@ def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Pl
 
     Split among N workers with `preserved_order()`, block j goes to worker j mod N.
     """
+    DataContext.get_current().raise_original_map_exception = True  # what an actor raised, for the training loop to tell
     return ray.data.range(plan.blocks, override_num_blocks=plan.blocks).map_batches(
         MakeViews,
         fn_constructor_args=([examples, probe], views, plan),

@@ -8,10 +8,11 @@ Of all, the newest and the best by accuracy are kept.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import io
 import json
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import torch
 from pipeline import storage
 from pipeline.dataset import InputError
 
+OWNER = "owner"  # file that names the writer whose folder it is
 KEPT = 2  # newest checkpoints, so that there is one before a damaged one
 
 
@@ -47,7 +49,7 @@ def commits(folder: str) -> list[Commit]:
         if name.rstrip("/").rpartition("/")[2].startswith("step_"):
             try:
                 found.append(Commit(**json.loads(storage.read(fs, f"{name.rstrip('/')}/commit.json"))))
-            except (FileNotFoundError, ValueError, TypeError):
+            except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
                 continue  # never finished
     return sorted(found, key=lambda commit: commit.step)
 
@@ -57,23 +59,31 @@ def latest(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
     fs, path = storage.connect(folder)
     for commit in reversed(commits(folder)):
         name = f"{_name(commit.step)}/state.pt"
-        try:
+        data = b""
+        with contextlib.suppress(FileNotFoundError):
             data = storage.read(fs, storage.join(path, name))
-            if (len(data), hashlib.sha256(data).hexdigest()) != (commit.bytes, commit.sha256):
-                raise ValueError("its bytes are not those that were written")
+        if (len(data), hashlib.sha256(data).hexdigest()) == (commit.bytes, commit.sha256):
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        except (FileNotFoundError, ValueError) as error:
-            warn(f"checkpoint {folder}/{name} is damaged ({error}): going on from the one before it")
+        warn(f"checkpoint {folder}/{name} is damaged: going on from the one before it")
     return None
 
 
 class Writer:
-    """Saves checkpoints in a thread: training goes on while one is uploaded. Only one worker has a writer."""
+    """Saves checkpoints in a thread: training goes on while one is uploaded. Only one worker has a writer.
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    The run's folder is its own from now on: what another one, of an earlier start, still has on the way is refused.
+    """
+
+    def __init__(self, folder: str, step: int) -> None:
+        """Take over a folder at `step`, and remove the checkpoints after it, which proved to be damaged."""
+        self.folder, self.token = folder, uuid.uuid4().hex
+        fs, path = storage.connect(folder)
+        storage.write(fs, storage.join(path, OWNER), self.token.encode())
+        for commit in commits(folder):
+            if commit.step > step:
+                _remove(folder, commit)
         self.thread = ThreadPoolExecutor(1)
-        self.last: Future[None] | None = None
+        self.last: Future[str] | None = None
 
     def save(self, state: dict[str, Any], top1: float | None) -> str:
         """Begin to save `state`, of which a copy is taken now; returns what went wrong with the one before, or "".
@@ -83,38 +93,46 @@ class Writer:
         problem = self.wait()
         copy = io.BytesIO()
         torch.save(state, copy)
-        self.last = self.thread.submit(_write, self.folder, int(state["step"]), copy.getvalue(), top1)
+        self.last = self.thread.submit(self._write, int(state["step"]), copy.getvalue(), top1)
         return problem
 
     def wait(self) -> str:
         """Wait until all is saved; returns what went wrong, or ""."""
         last, self.last = self.last, None
         try:
-            if last:
-                last.result()
+            return last.result() if last else ""
         except (InputError, OSError) as error:
             return f"no checkpoint was written: {error}"
-        return ""
 
     def close(self) -> None:
         """Wait until all is saved."""
         self.thread.shutdown(wait=True)
+
+    def _write(self, step: int, data: bytes, top1: float | None) -> str:
+        # Returns what went wrong once the checkpoint was safe, or "".
+        fs, path = storage.connect(self.folder)
+        place = storage.join(path, _name(step))
+        storage.write(fs, f"{place}/state.pt", data)
+        if storage.read(fs, storage.join(path, OWNER)) != self.token.encode():
+            raise InputError("another start of this run has taken over its folder: stop this one")
+        commit = Commit(step, len(data), hashlib.sha256(data).hexdigest(), top1)
+        storage.write(fs, f"{place}/commit.json", json.dumps(asdict(commit)).encode())
+        done = commits(self.folder)
+        measured = [each for each in done if each.top1 is not None]
+        best = max(measured, key=lambda each: (each.top1, each.step), default=None)
+        try:
+            for old in done[:-KEPT]:
+                if old != best:
+                    _remove(self.folder, old)
+        except (InputError, OSError) as error:
+            return f"old checkpoints could not be removed: {error}"
+        return ""
 
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _write(folder: str, step: int, data: bytes, top1: float | None) -> None:
+def _remove(folder: str, commit: Commit) -> None:
     fs, path = storage.connect(folder)
-    place = storage.join(path, _name(step))
-    storage.write(fs, f"{place}/state.pt", data)
-    commit = Commit(step, len(data), hashlib.sha256(data).hexdigest(), top1)
-    storage.write(fs, f"{place}/commit.json", json.dumps(asdict(commit)).encode())
-    done = commits(folder)
-    measured = [each for each in done if each.top1 is not None]
-    best = max(measured, key=lambda each: (each.top1, each.step), default=None)
-    for old in done[:-KEPT]:
-        if old != best:
-            remove = functools.partial(fs.rm, storage.join(path, _name(old.step)), recursive=True)
-            storage.attempt(fs, path, remove)
+    storage.attempt(fs, path, lambda: fs.rm(storage.join(path, _name(commit.step)), recursive=True))

@@ -97,8 +97,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
-    done = _resume_point(folder, recipe, console)
-    start = int(done["step"])
+    start, history = _resume_point(folder, recipe, dataset.digest, console)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if start:
@@ -106,7 +105,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
             f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
         )
     if start == recipe.schedule.steps:
-        return Result(folder, done["history"], dataset)
+        return Result(folder, history, dataset)
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     views = recipe.dataset.views
@@ -134,6 +133,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         plan_left = replace(plan, start=saved["step"] if saved else 0)
         return stream(train_ref, probe_ref, views, plan_left, recipe.actors)
 
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(recipe.timeout)  # of Ray Train's own barriers
     use_gpu = _use_gpu(recipe, console)
     filesystem, path = _ray_storage(folder)
     trainer = TorchTrainer(
@@ -195,15 +195,9 @@ def _use_gpu(recipe: Recipe, console: Console) -> bool:
 
 def _run_folder(recipe: Recipe) -> str:
     """Absolute path or URL of the run's folder; raises InputError where its storage cannot be written."""
-    storage = recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)
-    folder = f"{storage.rstrip('/')}/{recipe.name}"
-    try:
-        filesystem, path = fsspec.core.url_to_fs(folder)
-        filesystem.makedirs(path, exist_ok=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"storage {recipe.storage} cannot be written ({error}): give a writable path or URL"
-        ) from error
+    where = recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)
+    folder = storage.join(where, recipe.name)
+    storage.require_writable(folder)
     return folder
 
 
@@ -215,12 +209,13 @@ def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
-def _resume_point(folder: str, recipe: Recipe, console: Console) -> dict[str, Any]:
-    """The checkpoint of an earlier run of this recipe, or step 0; from the first on, the folder belongs to that recipe.
+def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> tuple[int, list[dict[str, float]]]:
+    """Step and history of an earlier run's checkpoint; from the first on, the folder belongs to that recipe and data.
 
     Raises InputError where it belongs to another one.
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
+    wanted["checksum of the data"] = data
     wanted = json.loads(json.dumps(wanted))
     fs, path = storage.connect(folder)
     for name in NOTES:  # of an earlier start; a person has come since
@@ -232,12 +227,12 @@ def _resume_point(folder: str, recipe: Recipe, console: Console) -> dict[str, An
     recipe_file = storage.join(path, "recipe.json")
     if saved is None:
         storage.write(fs, recipe_file, json.dumps(wanted, indent=2).encode())
-        return {"step": 0}
+        return 0, []
     made_with = json.loads(storage.read(fs, recipe_file))
     different = [name for name in wanted if wanted[name] != made_with.get(name)]
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
-    return saved
+    return int(saved["step"]), saved["history"]
 
 
 def _check_network(recipe: Recipe) -> None:

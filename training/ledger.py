@@ -5,7 +5,10 @@ Shapes: B noisy examples of this worker in one step.
 
 from __future__ import annotations
 
-import fsspec
+import contextlib
+import functools
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +29,7 @@ class Ledger:
         self.folder, self.rank = f"{folder}/{FOLDER}", rank
         self.known: list[dict[str, np.ndarray]] = []  # what the stream said: step, epoch, id, label
         self.decided: list[dict[str, Tensor]] = []  # what the step said
+        self.doubtful: list[str] = []  # files that may be there, although writing them failed
 
     def add(self, step: int, known: dict[str, np.ndarray], said: Coefficients) -> None:
         """The rows of one step; `known` has the stream's id, epoch and label, B each."""
@@ -60,24 +64,37 @@ class Ledger:
         name = f"steps-{first:08d}-{last:08d}-rank-{self.rank:04d}.parquet"
         try:
             storage.write(fs, storage.join(path, name), file.getvalue().to_pybytes())
+            for doubtful in self.doubtful:
+                with contextlib.suppress(FileNotFoundError):
+                    storage.attempt(fs, path, functools.partial(fs.rm_file, storage.join(path, doubtful)))
         except (InputError, OSError) as error:
+            self.doubtful.append(name)
             return f"ledger rows of steps {first} to {last} are held back: {error}"
-        self.known, self.decided = [], []
+        self.known, self.decided, self.doubtful = [], [], []
         return ""
 
 
 def forget(folder: str, step: int) -> None:
     """Remove the files of steps from `step` on: a run that resumes there, on any number of workers, repeats them."""
-    filesystem, path = fsspec.core.url_to_fs(f"{folder}/{FOLDER}")
-    for part in filesystem.glob(f"{path}/steps-*.parquet"):
-        if int(part.rsplit("/", 1)[-1].split("-")[1]) >= step:
-            filesystem.rm(part)
+    fs, path = storage.connect(f"{folder}/{FOLDER}")
+    old = [part for part in _parts(fs, path) if int(part.rsplit("/", 1)[-1].split("-")[1]) >= step]
+    if old:
+        storage.attempt(fs, path, lambda: fs.rm(old))
 
 
 def read(folder: str) -> pa.Table:
     """All rows of the run in `folder`: step, epoch, id, label, weight, trust, pseudo_label, confidence, loss."""
-    filesystem, path = fsspec.core.url_to_fs(f"{folder}/{FOLDER}")
-    parts = sorted(filesystem.glob(f"{path}/*.parquet"))
+    fs, path = storage.connect(f"{folder}/{FOLDER}")
+    parts = _parts(fs, path)
     if not parts:
         raise FileNotFoundError(f"{folder} holds no ledger: train there first")
-    return pa.concat_tables([pq.read_table(part, filesystem=filesystem) for part in parts]).sort_by("step")
+    tables = [pq.read_table(pa.BufferReader(storage.read(fs, part))) for part in parts]
+    return pa.concat_tables(tables).sort_by("step")
+
+
+def _parts(fs: Any, path: str) -> list[str]:
+    try:
+        names = storage.attempt(fs, path, lambda: fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if name.endswith(".parquet"))

@@ -28,7 +28,7 @@ from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
 from training.objectives.interface import Alone, Batch, Outcome, Workers
 from training.passes import Passes
-from training.recipe import Recipe, as_json
+from training.recipe import Recipe, publishable
 from training.state import TrainState, kernels
 from training.step import Processes, WorkersError, average_statistics, gather_statistics, normalised, update
 from training.tracking import Tracker
@@ -36,7 +36,7 @@ from training.tracking import Tracker
 LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits for the device and the other workers
 TELL_EVERY = 1.0  # seconds between progress messages
 FAILURE, LAST_ERROR, STARTS = NOTES = ("failure.json", "last_error.json", "starts.json")
-MOST_STARTS = 4  # at one step: a run that gets no further than that is not going to
+MOST_STARTS = 8  # at one step: a run that gets no further than that is not going to
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             mendable = isinstance(cause, (InputError, ValueError))
             write_note(job.folder, FAILURE if mendable else LAST_ERROR, f"{cause}" if mendable else repr(cause))
-            raise
+            raise cause from None
 
 
 def read_note(folder: str, name: str) -> Any:
@@ -84,9 +84,10 @@ def read_note(folder: str, name: str) -> Any:
 
 
 def write_note(folder: str, name: str, said: Any) -> None:
-    """Leave a note in the run's folder, for the next start."""
+    """Leave a note in the run's folder, for the next start; where that fails, what it would tell fails again."""
     fs, path = storage.connect(folder)
-    storage.write(fs, storage.join(path, name), json.dumps(said).encode())
+    with contextlib.suppress(InputError, OSError):
+        storage.write(fs, storage.join(path, name), json.dumps(said).encode())
 
 
 def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
@@ -108,11 +109,10 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     if rank == 0:
         if _note_start(job.folder, state.step):
             warnings = []  # the launching process looked at the same checkpoints and told them
-        forget(job.folder, state.step)  # others write no file before rank 0 joins their first step
         tracker = Tracker(recipe, job.folder)
-        writer = checkpoint.Writer(job.folder)
-        closing.callback(writer.close)
         closing.callback(tracker.close)
+        writer = checkpoint.Writer(job.folder, state.step)
+        closing.callback(writer.close)
     last_good = f"step {state.step}" if state.step else "none"
     told_at, told_step, kept_at = time.monotonic(), state.step, time.monotonic()
     preempted = False
@@ -122,6 +122,8 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
         if (received := [int(group["group"][0]) for group in held]) != expected:
             raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
+        if rank == 0 and step == plan.start:
+            forget(job.folder, step)  # now that all is as it should be; others write no file before rank 0's first step
         batch = assemble(held, recipe, len(job.class_names), device)
         lr = recipe.schedule.learning_rate(step)
         outcome = update(state, recipe.objective, batch, lr=lr, workers=workers)
@@ -153,7 +155,8 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             measured = evaluate(state, tests, recipe.dataset.views, rank, workers, device)
             if tracker:
                 history.append({**row, **measured})
-                tracker.log(history[-1])
+                if problem := tracker.log(history[-1]):
+                    warnings.append(problem)
                 job.progress.put_nowait(history[-1])
                 if state.step == recipe.schedule.steps:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
@@ -163,14 +166,21 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             if agreed(workers, device, not problem):  # a checkpoint says that the ledger holds all until it
                 if writer:
                     saved = {**state.state_dict(), "statistics": statistics, "history": history}
-                    problem = writer.save(saved, measured["top1"] if measure else None)
+                    if told := writer.save(saved, measured["top1"] if measure else None):
+                        warnings.append(told)
                 last_good = f"step {state.step}"
-            if problem:
+            else:
+                problem = problem or "no checkpoint was written: another worker could not write its rows of the ledger"
+                if state.step == recipe.schedule.steps:
+                    raise InputError(problem)  # a run is not done before its ledger and checkpoint are
                 warnings.append(problem)
             kept_at = told_at = time.monotonic()  # neither is part of the training speed
             told_step = state.step
-    if writer and (problem := writer.wait()):
-        raise InputError(problem)
+    if writer:
+        problem = writer.wait()
+        if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [recipe.schedule.steps]:
+            raise InputError(problem)
+        job.progress.put_nowait({**row, "warnings": [*warnings, *filter(None, [problem])]})
     return history
 
 
@@ -276,6 +286,6 @@ def export(state: TrainState, job: Job) -> None:
     from safetensors.torch import save as to_bytes
 
     weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
-    metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(as_json(job.recipe))}
+    metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(publishable(job.recipe))}
     fs, path = storage.connect(job.folder)
     storage.write(fs, storage.join(path, "model.safetensors"), to_bytes(weights, metadata))

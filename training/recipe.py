@@ -172,6 +172,11 @@ def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = Non
     )
 
 
+def publishable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
+    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage")}
+
+
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, with the names of its data set's and objective's classes."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -9,7 +10,9 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.dataset import InputError
-from training.recipe import Recipe, as_json
+from training.recipe import Recipe, publishable
+
+RUN_ID = "mlflow_run_id"  # file in the run's folder
 
 
 class Tracker:
@@ -29,15 +32,25 @@ class Tracker:
             import mlflow
 
             mlflow.set_experiment("winnow")
-            mlflow.start_run(run_name=recipe.name)
-            mlflow.log_dict(as_json(recipe), "recipe.json")
+            mlflow.start_run(run_id=_run_id(folder), run_name=recipe.name)
+            _note_run_id(folder, mlflow.active_run().info.run_id)
+            mlflow.log_dict(publishable(recipe), "recipe.json")
         else:
             import wandb
 
-            wandb.init(project="winnow", name=recipe.name, config=as_json(recipe))
+            # A start of the run goes on in what the one before has logged.
+            run_id = hashlib.sha256(folder.encode()).hexdigest()[:16]
+            wandb.init(project="winnow", name=recipe.name, id=run_id, resume="allow", config=publishable(recipe))
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """Every figure of `row`, at its step."""
+    def log(self, row: Mapping[str, float]) -> str:
+        """Log every figure of `row`, at its step; returns "", or what went wrong, which is no reason to stop a run."""
+        try:
+            self._log(row)
+        except Exception as error:  # servers and disks fail in many ways
+            return f"figures of step {row['step']:.0f} were not logged: {str(error).splitlines()[0]}"
+        return ""
+
+    def _log(self, row: Mapping[str, float]) -> None:
         step = int(row["step"])
         figures = {name: value for name, value in row.items() if name != "step"}
         if self.kind == "tensorboard":
@@ -69,6 +82,19 @@ class Tracker:
             import wandb
 
             wandb.finish()
+
+
+def _run_id(folder: str) -> str | None:
+    fs, path = storage.connect(folder)
+    try:
+        return storage.read(fs, storage.join(path, RUN_ID)).decode()
+    except FileNotFoundError:
+        return None
+
+
+def _note_run_id(folder: str, run_id: str) -> None:
+    fs, path = storage.connect(folder)
+    storage.write(fs, storage.join(path, RUN_ID), run_id.encode())
 
 
 def require(kind: str) -> None:

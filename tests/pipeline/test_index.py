@@ -74,7 +74,7 @@ def test_take_gives_the_rows_asked_for_in_order(url, rows):
 
 def test_a_row_group_is_one_request_and_a_footer_one_a_file(url, monkeypatch):
     train, asked = read_index(url).of(url, "train"), []
-    indexing._footer.cache_clear()
+    indexing._packed_footer.cache_clear()
     original = storage.read
     monkeypatch.setattr(
         storage, "read", lambda fs, path, start, end: asked.append(end - start) or original(fs, path, start, end)
@@ -126,7 +126,7 @@ def test_what_cannot_be_loaded_is_one_line(url, tmp_path, source, where, message
 def test_a_harmed_shard_is_named(url, harm):
     train = read_index(url).of(url, "train")
     path = f"{url}/{train.shards[1].name}"
-    indexing._footer.cache_clear()
+    indexing._packed_footer.cache_clear()
     fs = fsspec.filesystem("file")
     data = fs.cat_file(path)
     fs.rm(path)
@@ -143,11 +143,12 @@ def test_an_empty_split_has_no_row_groups(url):
     assert nothing.row_groups.tolist() == []
 
 
-def test_a_split_of_many_shards_keeps_few_footers(tmp_path):
+def test_a_split_of_many_shards_keeps_small_footers(tmp_path):
     index = write(str(tmp_path), {"train": [1] * 200})
-    indexing._footer.cache_clear()
+    indexing._packed_footer.cache_clear()
     index.of(str(tmp_path), "train").take(np.arange(200))
-    assert indexing._footer.cache_info().currsize == indexing._footer.cache_info().maxsize == 128
+    assert indexing._packed_footer.cache_info().currsize == 200
+    assert indexing._packed_footer.cache_info().maxsize == indexing.FOOTERS
 
 
 def test_equal_shards_of_two_places_are_not_mixed_up(tmp_path):

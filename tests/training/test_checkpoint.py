@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pipeline import storage
+from pipeline.dataset import InputError
+from training import checkpoint
 from training.checkpoint import Writer, commits, latest
 
 
@@ -19,7 +21,7 @@ def state(step: int) -> dict:
 
 
 def saved(folder: str, *steps: tuple[int, float | None]) -> list[str]:
-    writer = Writer(folder)
+    writer = Writer(folder, max((step for step, _ in steps), default=0))
     problems = [writer.save(state(step), top1) for step, top1 in steps]
     problems.append(writer.wait())
     writer.close()
@@ -36,6 +38,43 @@ def test_what_is_saved_is_found(folder):
     assert torch.equal(found["weights"], torch.full((3,), 10.0))
 
 
+def test_damaged_checkpoints_after_the_one_resumed_from_are_removed(folder):
+    saved(folder, (5, None), (20, None), (23, None))
+    for step in (20, 23):
+        storage.write(*storage.connect(f"{folder}/step_{step:08d}/state.pt"), b"damaged")
+    writer = Writer(folder, 0)
+    assert (writer.save(state(8), None), writer.wait()) == ("", "")
+    writer.close()
+    assert [commit.step for commit in commits(folder)] == [8]
+    assert latest(folder, pytest.fail)["step"] == 8
+
+
+def test_what_an_earlier_start_has_on_the_way_is_refused(folder):
+    old = Writer(folder, 0)
+    new = Writer(folder, 0)
+    old.save(state(20), None)
+    assert "another start of this run has taken over" in old.wait()
+    new.save(state(10), None)
+    assert new.wait() == ""
+    assert [commit.step for commit in commits(folder)] == [10]
+    for writer in (old, new):
+        writer.close()
+
+
+def test_a_storage_that_refuses_is_not_a_run_without_checkpoints(folder, monkeypatch):
+    saved(folder, (5, None))
+    monkeypatch.setattr(storage, "read", lambda *_: (_ for _ in ()).throw(InputError("permission denied")))
+    with pytest.raises(InputError, match="permission denied"):
+        latest(folder, pytest.fail)
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_told_and_new_ones_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_remove", lambda *_: (_ for _ in ()).throw(InputError("permission denied")))
+    problems = saved(str(tmp_path), (10, None), (20, None), (30, None))
+    assert problems[-1] == "old checkpoints could not be removed: permission denied"
+    assert [commit.step for commit in commits(str(tmp_path))] == [10, 20, 30]
+
+
 def test_the_newest_two_and_the_best_are_kept(folder):
     saved(folder, (1, 0.2), (2, 0.9), (3, None), (4, 0.9), (5, 0.3), (6, None), (7, 0.8))
     assert [commit.step for commit in commits(folder)] == [4, 6, 7]  # of two as good the later
@@ -45,7 +84,7 @@ def test_the_newest_two_and_the_best_are_kept(folder):
 
 def test_a_copy_is_saved_not_what_the_state_becomes(tmp_path):
     weights = torch.zeros(1000)
-    writer = Writer(str(tmp_path))
+    writer = Writer(str(tmp_path), 0)
     writer.save({"step": 1, "weights": weights}, None)
     weights += 1
     writer.close()

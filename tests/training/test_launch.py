@@ -107,6 +107,16 @@ def test_workers_train_the_same_as_one(in_process, number, request):
         assert row["top1"] == same["top1"]
 
 
+def test_bf16_in_passes_of_one_group_gives_a_model_of_the_network_s_own_names(local_ray, tmp_path):
+    changes = {"precision": "bf16", "channels_last": True, "pass_groups": 1, "network": "wrn-10-1"}
+    schedule = Schedule(lr=0.05, first_cycle=3, cycles=1)
+    result = launch.run(recipe(tmp_path, schedule=schedule, **changes), Console(file=io.StringIO()))
+    saved, bare = weights(result.folder), networks.build("wrn-10-1", 1, 10, seed=0).state_dict()
+    assert saved.keys() == bare.keys()
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+    assert ledger.read(result.folder).num_rows == 300
+
+
 def test_model_file_tells_what_it_is(in_process):
     result, _ = in_process
     with safe_open(f"{result.folder}/model.safetensors", "pt") as file:

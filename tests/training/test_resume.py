@@ -169,5 +169,5 @@ def test_a_run_that_starts_again_and_again_at_one_step_gives_up(tmp_path):
     for _ in range(loop.MOST_STARTS - 1):
         loop._note_start(str(tmp_path), 40)
     loop.write_note(str(tmp_path), loop.LAST_ERROR, "RuntimeError('so it was')")
-    with pytest.raises(InputError, match=r"started 4 times at step 40 and came to no checkpoint .*so it was"):
+    with pytest.raises(InputError, match=r"started 8 times at step 40 and came to no checkpoint .*so it was"):
         loop._note_start(str(tmp_path), 40)

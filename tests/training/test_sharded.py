@@ -5,7 +5,7 @@ Photographs and lists are real ones where ../shared/data is there, and small mad
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline.check import check
 from pipeline.clothing1m import Clothing1M
 from pipeline.custom import Custom
+from pipeline.dataset import InputError
 from pipeline.food101n import Food101N
 from pipeline.index import Sharded, read_index
 from pipeline.layout import Layout, stable_ids
@@ -147,3 +148,35 @@ def test_from_raw_files_to_a_model(name, bucket, tmp_path, local_ray):
     assert first not in str(result.history[-1].keys())
     assert f"{count:,} noisy and {len(written['probe']):,} trusted images" in console.file.getvalue()
     assert read_index(out) == index
+
+
+def test_a_shard_that_is_gone_stops_the_run_with_its_name(tmp_path, local_ray):
+    custom(f"{tmp_path}/raw")
+    console = Console(file=io.StringIO(), width=300)
+    index = ingest(Custom(), f"{tmp_path}/raw", Options(f"{tmp_path}/out"), console)
+    recipe = Recipe(
+        name="run", dataset=Sharded("custom", size=24), objective=winnow(), data=f"{tmp_path}/out",
+        storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=2, cycles=1), batch=6,
+        probe_batch=6, group=3, workers=0,
+    )  # fmt: skip
+    (tmp_path / "out" / index.shards[0].name).unlink()
+    with pytest.raises(InputError, match=rf"shard .*{index.shards[0].name} is missing or damaged"):
+        run(recipe, console)
+
+
+def test_a_run_resumes_on_the_same_data_only(tmp_path, local_ray):
+    console = Console(file=io.StringIO(), width=300)
+    for name, photos in (("a", 8), ("b", 9)):
+        images = layouts.photos(3, photos)
+        files = {f"{'probe' if n == 0 else 'test' if n == 1 else 'train'}/{k}/{n}.jpg": image
+                 for k, of_class in enumerate(images) for n, image in enumerate(of_class)}  # fmt: skip
+        layouts.write(f"{tmp_path}/raw-{name}", files)
+        ingest(Custom(), f"{tmp_path}/raw-{name}", Options(f"{tmp_path}/{name}"), console)
+    recipe = Recipe(
+        name="run", dataset=Sharded("custom", size=24), objective=winnow(), data=f"{tmp_path}/a",
+        storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=2, cycles=1), batch=6,
+        probe_batch=6, group=3, workers=0,
+    )  # fmt: skip
+    run(recipe, console)
+    with pytest.raises(InputError, match=r"made with another checksum of the data: .* choose another --name"):
+        run(replace(recipe, data=f"{tmp_path}/b"), console)
