@@ -28,7 +28,7 @@ from pipeline.views import CifarViews, DigitsViews
 
 STRIKE = 37  # the step at which faults strike: some after a checkpoint, some before one with an evaluation
 ACTOR_STRIKE = 10  # the step done at which an actor dies: they work ahead
-PAIR_SECONDS = 0.003  # what two views of a photograph may take: actors are at work for most of the run
+PAIR_SECONDS = 0.002  # what two views of a photograph may take: actors are at work for most of the run
 SLOW_STEPS, SLOW_SECONDS = 25, 0.3
 FULL_UNTIL = 63  # the step at which a full disk gets space again: an evaluation and three checkpoints later
 POISONED_ROW = 100

@@ -93,6 +93,9 @@ def write_note(folder: str, name: str, said: Any) -> None:
 def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     recipe, context = job.recipe, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    if rank == 0:  # before anything that may fail at every start
+        kept = checkpoint.commits(job.folder)
+        first_start = _note_start(job.folder, kept[-1].step if kept else 0)
     workers: Workers = Processes() if world > 1 else Alone()
     device = ray.train.torch.get_device()
     tests: dict[str, Split] = {name: ray.get(ref) for name, ref in job.tests.items()}
@@ -107,7 +110,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
     tracker = writer = None
     if rank == 0:
-        if _note_start(job.folder, state.step):
+        if first_start:
             warnings = []  # the launching process looked at the same checkpoints and told them
         tracker = Tracker(recipe, job.folder)
         closing.callback(tracker.close)

@@ -81,6 +81,24 @@ def test_encoded_examples_are_decoded_into_the_same_views(examples, probe):
     assert ours["image"].shape == (12, 16, 16, 3)  # the first block holds step 2 only
 
 
+def test_a_poisoned_image_is_grey_and_told_and_nothing_else_moves(probe, capsys):
+    rng = np.random.default_rng(2)
+    images = [cv2.imencode(".png", image)[1].tobytes() for image in rng.integers(0, 256, (37, 20, 30, 3), np.uint8)]
+    grey = cv2.imencode(".png", np.full((20, 30, 3), 128, np.uint8))[1].tobytes()
+    (_, row_SG), photos = PLAN.rows_of(1), PhotoViews(size=16)
+    bad = row_SG[0, 2]  # of the first group of the block
+    healthy, greyed, poisoned = (
+        Examples(np.arange(37) * 10, np.arange(37) % 10, pa.array([*images[:bad], at_bad, *images[bad + 1 :]]))
+        for at_bad in (images[bad], grey, images[bad][:50])
+    )
+    trusted = healthy.take(np.setdiff1d(np.arange(37), [bad]))
+    expected, made = (make_block(each, trusted, photos, PLAN, 1) for each in (greyed, poisoned))
+    for column in expected:
+        np.testing.assert_array_equal(made[column], expected[column])
+    assert (made["image"][2] == 128).all()
+    assert capsys.readouterr().out == f"warning: the image of example {bad * 10} is damaged: trained on as plain grey\n"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_worker_gets_its_lanes_in_plan_order(examples, probe, local_ray, workers):
     dataset = stream(ray.put(examples), ray.put(probe), DigitsViews(), PLAN, actors=2)
