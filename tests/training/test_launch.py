@@ -206,8 +206,8 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
         ({"network": "wrm-28-10"}, "unknown network 'wrm-28-10': did you mean wrn-28-10"),
         ({"network": "wrn-11-1"}, "depth must be 10, 16, 22"),
         ({"data": "/nowhere"}, "leave --data out"),
-        ({"storage": "/proc/nowhere"}, "storage /proc/nowhere cannot be written"),
-        ({"storage": "nothing://here"}, "storage nothing://here cannot be written"),
+        ({"storage": "/proc/nowhere"}, "cannot write to /proc/nowhere/run: choose another folder"),
+        ({"storage": "nothing://here"}, "cannot open nothing://here/run: its scheme is unknown"),
         ({"dataset": Digits(Noise("uniform", 0.8), probe_per_class=500)}, "too few to take 500 for the probe"),
     ],
 )
