@@ -142,5 +142,6 @@ def test_machines_ask_for_a_token_and_listen_on_loopback():
     *_, worker = GCP["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in (head, worker))
     assert "--dashboard-host=127.0.0.1" in head
+    assert any("--dport 10001 ! -i lo -j REJECT" in command for command in GCP["head_setup_commands"])
     assert "gcp_credentials" not in GCP["provider"]
     assert all(local in ("~/.ray/auth_token",) or (ROOT / local).exists() for local in GCP["file_mounts"].values())

@@ -33,7 +33,7 @@ from training import checkpoint
 (GCP,) = read("gcp.yaml")
 TOKEN = "0123456789abcdef" * 2
 STEPS = 200
-CPUS = {"head": 0, "data": 2, "training": 1}  # a node starts a process a CPU
+CPUS = {"head": 0, "data": 2, "training": 2}  # training has one to spare, which no data actor may take
 PATIENCE = 180.0  # seconds
 
 
@@ -204,6 +204,7 @@ def test_without_the_token_nothing_is_served(cluster):
     for token in ("", "wrong"):
         with pytest.raises(HTTPError) as refused:
             cluster.ask("/api/jobs/", token=token)
+        refused.value.close()
         assert refused.value.code in (401, 403)
     cases = [
         ("submit", {"RAY_AUTH_TOKEN": "wrong" * 8}),
