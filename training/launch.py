@@ -87,12 +87,13 @@ def _one_line(error: BaseException) -> str:
     return f"error: {error}"
 
 
-def run(recipe: Recipe, console: Console | None = None) -> Result:
+def run(recipe: Recipe, console: Console | None = None, until: int | None = None) -> Result:
     """Train as the recipe says, on embedded Ray or on the cluster that RAY_ADDRESS names.
 
+    With `until`, the end of a cycle, it stops after that many steps; called again, it goes on from there.
     Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
     """
-    console = console or Console()
+    console, stop = console or Console(), until or recipe.schedule.steps
     folder = _run_folder(recipe)
     tracking.require(recipe.tracker)
     _check_network(recipe)
@@ -104,7 +105,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         console.print(
             f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
         )
-    if start == recipe.schedule.steps:
+    if start >= stop:
         return Result(folder, history, dataset)
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
@@ -118,7 +119,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         group=recipe.group,
         probe=probe_group,
         start=0,
-        stop=recipe.schedule.steps,
+        stop=stop,
         chunk=chunk_of(recipe.group, view.nbytes * (2 + probe_group / recipe.group)),
     )
     train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
@@ -135,7 +136,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
 
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(recipe.timeout)  # of Ray Train's own barriers
     use_gpu = _use_gpu(recipe, console)
-    filesystem, path = _ray_storage(folder)
+    filesystem, path = ray_storage(folder)
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job},
@@ -201,7 +202,7 @@ def _run_folder(recipe: Recipe) -> str:
     return folder
 
 
-def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
+def ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     """The run's folder as Ray Train wants it: URLs through fsspec, like everything else that is written there."""
     if "://" not in folder:
         return None, folder

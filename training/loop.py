@@ -161,7 +161,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
                 if problem := tracker.log(history[-1]):
                     warnings.append(problem)
                 job.progress.put_nowait(history[-1])
-                if state.step == recipe.schedule.steps:
+                if state.step == plan.stop:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
         if keep:
             statistics = gather_statistics(state, workers)
@@ -174,14 +174,14 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
                 last_good = f"step {state.step}"
             else:
                 problem = problem or "no checkpoint was written: another worker could not write its rows of the ledger"
-                if state.step == recipe.schedule.steps:
+                if state.step == plan.stop:
                     raise InputError(problem)  # a run is not done before its ledger and checkpoint are
                 warnings.append(problem)
             kept_at = told_at = time.monotonic()  # neither is part of the training speed
             told_step = state.step
     if writer:
         problem = writer.wait()
-        if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [recipe.schedule.steps]:
+        if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [plan.stop]:
             raise InputError(problem)
         job.progress.put_nowait({**row, "warnings": [*warnings, *filter(None, [problem])]})
     return history
