@@ -140,7 +140,8 @@ def parallel_coordinates(tried: Sequence[Tried], axes: Axes) -> None:
     for place, path in enumerate(paths):
         axes.axvline(place, color="black", linewidth=0.5)
         for height, text in places[path][1]:
-            axes.text(place + 0.03, height, text, fontsize=8, va="center")
+            behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+            axes.text(place + 0.03, height, text, fontsize=8, va="center", bbox=behind)
     axes.set_xticks(range(len(paths)), [path.split(".")[-1] for path in paths])
     axes.set_xlim(-0.2, len(paths) - 0.6)
     axes.set_ylim(-0.08, 1.08)

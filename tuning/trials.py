@@ -25,7 +25,7 @@ from ray.tune.search.sample import Domain
 from rich.console import Console
 
 from pipeline import storage
-from pipeline.dataset import HeldOut
+from pipeline.dataset import HeldOut, InputError
 from training import launch
 from training.recipe import Recipe
 from tuning import outcome, space
@@ -33,6 +33,7 @@ from tuning.outcome import Tried
 from tuning.sweep import Sweep
 
 REDUCTION = 3  # of the trials that come to a rung, the best third goes on to the next, three times as far
+MOST_LOSSES = 3  # of a trial's own process, as when its machine leaves
 FOLDER = "tune"  # of Tune's own files
 
 
@@ -41,7 +42,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
         """See `tune.Trainable`."""
-        plain = sweep.at(config)
+        plain, self.metric = sweep.at(config), sweep.metric
         self.recipe = replace(
             plain,
             name=self.trial_id,
@@ -54,9 +55,18 @@ class Trial(tune.Trainable):
         """The figures at the end of the next cycle."""
         schedule = self.recipe.schedule
         cycle_end = schedule.ends[self.iteration]
-        result = launch.run(self.recipe, Console(quiet=True), until=cycle_end)
+        try:
+            result = launch.run(self.recipe, Console(quiet=True), until=cycle_end)
+        except InputError as error:  # a result: what Tune sees raised, such as the loss of this process, is tried again
+            done = [0, *schedule.ends][self.iteration]
+            return {"step": done, self.metric: 0.0, "failed": str(error), "finished": False, tune.result.DONE: True}
         (row,) = (row for row in result.history if row["step"] == cycle_end)
-        return {**row, "finished": cycle_end == schedule.steps, tune.result.DONE: cycle_end == schedule.steps}
+        return {
+            **row,
+            "failed": "",
+            "finished": cycle_end == schedule.steps,
+            tune.result.DONE: cycle_end == schedule.steps,
+        }
 
 
 class Asha(ASHAScheduler):
@@ -127,6 +137,7 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
             name=FOLDER,
             storage_path=path,
             storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=MOST_LOSSES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial's run has its own
             callbacks=[Lines(sweep.trials, schedule.steps, sweep.metric)],
             verbose=0,
@@ -137,21 +148,21 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
 def tried(result: Any, metric: str) -> Tried:
     """A trial of Tune's results."""
     last = result.metrics or {}
-    step, reason = int(last.get("step", 0)), _reason(str(result.error)) if result.error else ""
+    reason = _reason(str(result.error)) if result.error else last["failed"]
     return Tried(
         name=os.path.basename(result.path),
         state="failed" if reason else "finished" if last["finished"] else "stopped",
         fields=dict(result.config),
-        figure=last.get(metric),
-        step=step,
+        figure=None if reason else last[metric],
+        step=int(last.get("step", 0)),
         seconds=round(last.get("time_total_s", 0.0), 1),
         reason=reason,
     )
 
 
 def _reason(error: str) -> str:
-    """The last line of a traceback: the cause, in the words that a single run has for it."""
-    return error.strip().splitlines()[-1].removeprefix("pipeline.dataset.InputError: ")
+    """The last line of a traceback."""
+    return error.strip().splitlines()[-1]
 
 
 @dataclass
@@ -176,13 +187,15 @@ class Lines(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """See `tune.Callback`."""
-        self._tell(trial, f"{100 * result[self.metric]:.1f} % at step {result['step']:,} of {self.steps:,}")
+        if not result["failed"]:
+            self._tell(trial, f"{100 * result[self.metric]:.1f} % at step {result['step']:,} of {self.steps:,}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `tune.Callback`."""
         self.over += 1
         last = trial.last_result
-        self._tell(trial, "finished" if last["finished"] else f"stopped early at step {last['step']:,}")
+        stopped = f"failed: {last['failed']}" if last["failed"] else f"stopped early at step {last['step']:,}"
+        self._tell(trial, "finished" if last["finished"] else stopped)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `tune.Callback`."""
