@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 
 import ray
 
 from pipeline.dataset import InputError
+
+# The label by which Ray Data tells whose resources it may count on. A cluster that sets its nodes apart has it on some
+# node from the start (the files in cluster/ put it on the head): data actors then go to nodes where it is "data", which
+# may yet have to be brought up, and training to all others. Training nodes have no such label: Ray Train counts only
+# on those. Without the label, as on a laptop, everything goes everywhere.
+SUBCLUSTER = "ray-subcluster"
 
 
 def join(cpus: int = 1) -> None:
@@ -21,11 +29,18 @@ def join(cpus: int = 1) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS"
+                f"no Ray cluster answers at RAY_ADDRESS={address}: start it, give its token, or unset RAY_ADDRESS"
             ) from error
-        return
+    else:
+        _start(cpus)
+    if threading.current_thread() is threading.main_thread():
+        # What `ray job stop` sends ends the program as Ctrl-C does, with a line; Ray's own handler says nothing.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _start(cpus: int) -> None:
     # A report waits for the controller's next look; on one machine frequent looks cost nothing.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -36,3 +51,17 @@ def join(cpus: int = 1) -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
+
+
+def data_nodes() -> dict[str, str] | None:
+    """Label selector of the nodes for data actors and ingest; None where the cluster does not set them apart."""
+    return {SUBCLUSTER: "data"} if _sets_apart() else None
+
+
+def training_nodes() -> dict[str, str] | None:
+    """Label selector of the nodes for training workers; None where the cluster does not set them apart."""
+    return {SUBCLUSTER: "!data"} if _sets_apart() else None
+
+
+def _sets_apart() -> bool:
+    return any(SUBCLUSTER in node["Labels"] for node in ray.nodes() if node["Alive"])

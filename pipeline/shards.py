@@ -146,6 +146,7 @@ def _make(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
+    context.execution_options.label_selector = compute.data_nodes()
     context.raise_original_map_exception = True  # so that `_rows` finds what a task raised
     named = [task.append_column("name", pa.array([name] * len(task))) for name, task in tasks.items()]
     made = ray.data.from_arrow(named).map_batches(

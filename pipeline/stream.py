@@ -13,13 +13,16 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
+from ray.util.metrics import Counter
 
+from pipeline import compute
 from pipeline.dataset import Examples, Split
 from pipeline.images import Rejected
 from pipeline.plan import Plan, Purpose, generator, probe_rows
 from pipeline.views import Views
 
 GREY = 128  # in place of an image that cannot be decoded
+REJECTED = Counter("winnow_rejected_images", "Images that could not be decoded and were trained on as plain grey")
 
 # V rows each, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
 # `label` and `epoch` (−1 for trusted images) are int64.
@@ -60,6 +63,7 @@ def _image(examples: Examples, row: int, probe: Examples) -> np.ndarray:
         return examples.image(row)
     except Rejected as error:
         print(f"warning: the image of example {examples.id_N[row]} is {error}: trained on as plain grey")
+        REJECTED.inc()
         return np.full_like(probe.image(0), GREY)
 
 
@@ -84,7 +88,9 @@ def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Pl
 
     Split among N workers with `preserved_order()`, block j goes to worker j mod N.
     """
-    DataContext.get_current().raise_original_map_exception = True  # what an actor raised, for the training loop to tell
+    context = DataContext.get_current()
+    context.raise_original_map_exception = True  # what an actor raised, for the training loop to tell
+    context.enable_progress_bars = False
     return ray.data.range(plan.blocks, override_num_blocks=plan.blocks).map_batches(
         MakeViews,
         fn_constructor_args=([examples, probe], views, plan),
@@ -95,13 +101,10 @@ def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Pl
 
 
 def preserved_order() -> ExecutionOptions:
-    """Execution options that keep blocks in plan order; set on this process's DataContext too."""
+    """Execution options that keep blocks in plan order, on data nodes; set on this process's DataContext too."""
     context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    options = ExecutionOptions()
-    options.preserve_order = True
-    return options
+    context.execution_options = ExecutionOptions(preserve_order=True, label_selector=compute.data_nodes())
+    return context.execution_options
 
 
 def groups(shard: Any, plan: Plan) -> Iterator[Group]:

@@ -141,7 +141,9 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
         train,
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=recipe.timeout),
-        scaling_config=ray.train.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.workers, use_gpu=use_gpu, label_selector=compute.training_nodes()
+        ),
         run_config=ray.train.RunConfig(
             name=recipe.name,
             storage_path=os.path.dirname(path),
@@ -186,7 +188,8 @@ def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> dict[str, A
 def _use_gpu(recipe: Recipe, console: Console) -> bool:
     """Whether workers get a GPU each; says so. Raises InputError where this machine alone lacks the GPUs asked for."""
     gpus, least, most = int(ray.cluster_resources().get("GPU", 0)), recipe.least_workers, recipe.most_workers
-    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and gpus >= max(least, 1))
+    to_come = least > 0 and compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
+    use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and (gpus >= max(least, 1) or to_come))
     if recipe.device == "gpu" and gpus < least and "RAY_ADDRESS" not in os.environ:
         raise InputError(f"{least} workers want a GPU each and this machine has {gpus}: set --device or --workers")
     place = "this process" if most == 0 else f"{most} workers" if least == most else f"{least} to {most} workers"

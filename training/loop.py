@@ -16,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.metrics import Gauge
 from torch import Tensor, nn
 
 from pipeline import storage, stream
@@ -37,6 +38,12 @@ LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits fo
 TELL_EVERY = 1.0  # seconds between progress messages
 FAILURE, LAST_ERROR, STARTS = NOTES = ("failure.json", "last_error.json", "starts.json")
 MOST_STARTS = 8  # at one step: a run that gets no further than that is not going to
+GAUGES = {  # what Prometheus is told of the figures in a progress message
+    "images_per_second": "Noisy images trained on a second, by all workers",
+    "waiting_for_data": "Share of time that the first worker waited for data",
+    "trust": "Mean lambda of the first worker's batch: 1 where labels are believed",
+    "zero_weights": "Share of the first worker's batch that counts for nothing",
+}
 
 
 @dataclass(frozen=True)
@@ -114,14 +121,18 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             warnings = []  # the launching process looked at the same checkpoints and told them
         tracker = Tracker(recipe, job.folder)
         closing.callback(tracker.close)
+        gauges = {name: Gauge(f"winnow_{name}", said, tag_keys=("run",)) for name, said in GAUGES.items()}
         writer = checkpoint.Writer(job.folder, state.step)
         closing.callback(writer.close)
     last_good = f"step {state.step}" if state.step else "none"
     told_at, told_step, kept_at = time.monotonic(), state.step, time.monotonic()
-    preempted = False
+    waited, preempted = 0.0, False
 
-    groups = stream.groups(ray.train.get_dataset_shard("train"), plan)
-    for step, held in enumerate(plan.by_step(groups, world), start=plan.start):
+    batches = plan.by_step(stream.groups(ray.train.get_dataset_shard("train"), plan), world)
+    for step in range(plan.start, plan.stop):
+        asked = time.monotonic()
+        held = next(batches)
+        waited += time.monotonic() - asked
         expected = [step * recipe.groups + lane for lane in range(rank, recipe.groups, world)]
         if (received := [int(group["group"][0]) for group in held]) != expected:
             raise RuntimeError(f"the stream is out of plan order at step {step}: groups {received}, not {expected}")
@@ -146,11 +157,14 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             keep, preempted = keep or (notice and not preempted), notice
         now = time.monotonic()
         if tracker and (now - told_at > TELL_EVERY or measure):
-            row = figures(step, lr, outcome, recipe, speed=(state.step - told_step) * recipe.batch / (now - told_at))
+            speed = (state.step - told_step) * recipe.batch / (now - told_at)
+            row = figures(step, lr, outcome, recipe, speed, waiting=waited / (now - told_at))
+            for name, gauge in gauges.items():
+                gauge.set(row[name], {"run": recipe.name})
             if collapse := monitor.collapse_warning():
                 warnings.append(collapse)
             job.progress.put_nowait({**row, "warnings": warnings})
-            warnings, told_at, told_step = [], now, state.step
+            warnings, told_at, told_step, waited = [], now, state.step, 0.0
         if measure:
             average_statistics(state, workers)
             if not state.finite():
@@ -178,7 +192,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
                     raise InputError(problem)  # a run is not done before its ledger and checkpoint are
                 warnings.append(problem)
             kept_at = told_at = time.monotonic()  # neither is part of the training speed
-            told_step = state.step
+            told_step, waited = state.step, 0.0
     if writer:
         problem = writer.wait()
         if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [plan.stop]:
@@ -205,8 +219,13 @@ def agreed(workers: Workers, device: torch.device, mine: bool) -> bool:
     return bool(workers.mean([torch.tensor([float(mine)], device=device)])[0] == 1)
 
 
-def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float) -> dict[str, float]:
-    """What a progress line and a row of the history have in common; `speed` in noisy images a second, all workers."""
+def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float, waiting: float) -> dict[str, float]:
+    """What a progress line and a row of the history have in common.
+
+    `speed` is in noisy images a second, of all workers; `waiting` is the share of time that this worker's host waited
+    for data, which a GPU may have spent computing what was queued.
+    """
+    decided = outcome.coefficients
     return {
         "step": step + 1,
         "cycle": recipe.schedule.cycle(step) + 1,
@@ -214,6 +233,9 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
         "loss": float(outcome.total.detach()),
         **{name: float(part) for name, part in outcome.parts.items()},
         "images_per_second": speed,
+        "waiting_for_data": waiting,
+        "trust": float(decided.trust_B.mean()),
+        "zero_weights": float((decided.weight_B == 0).double().mean()),
     }
 
 

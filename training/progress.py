@@ -13,7 +13,9 @@ from rich.progress import Progress as Bar
 from training.recipe import Recipe
 
 LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
-NOT_PARTS = {"step", "cycle", "lr", "loss", "images_per_second", "warnings"}
+NOT_PARTS = {
+    "step", "cycle", "lr", "loss", "images_per_second", "waiting_for_data", "trust", "zero_weights", "warnings",
+}  # fmt: skip
 
 
 class Progress:
@@ -58,7 +60,7 @@ class Progress:
 
 
 def describe(message: Mapping[str, Any]) -> str:
-    """Cycle, learning rate, loss and its parts, speed, and accuracies where there are new ones, in one line."""
+    """Cycle, learning rate, loss and parts, speed, waiting, and accuracies where there are new ones, in one line."""
     accuracies = {name: value for name, value in message.items() if name.endswith(("top1", "top5"))}
     parts = " ".join(
         f"{name} {value:.2f}" for name, value in message.items() if name not in NOT_PARTS | accuracies.keys()
@@ -68,5 +70,6 @@ def describe(message: Mapping[str, Any]) -> str:
     )
     return (
         f"cycle {message['cycle']} lr {message['lr']:.4f} loss {message['loss']:.2f} ({parts}) "
-        f"{message['images_per_second']:.0f} img/s" + (f" · {measured}" if measured else "")
+        f"{message['images_per_second']:.0f} img/s, {100 * message['waiting_for_data']:.0f} % waiting for data"
+        + (f" · {measured}" if measured else "")
     )

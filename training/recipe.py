@@ -71,7 +71,7 @@ class Recipe:
     actors: int = 2
     """The most CPU actors that make views."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where workers train; auto takes GPUs where the cluster has one for each worker."""
+    """Where workers train; auto takes GPUs where the cluster has one for each worker, or sets training nodes apart."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """Numbers that the network computes in; under bf16 parameters, averages and losses stay in float32."""
     channels_last: bool = False

@@ -11,7 +11,7 @@ import ray
 
 from pipeline.dataset import Examples
 from pipeline.plan import Plan
-from pipeline.stream import groups, make_block, preserved_order, stream
+from pipeline.stream import REJECTED, groups, make_block, preserved_order, stream
 from pipeline.views import DigitsViews, PhotoViews
 from tests.pipeline.test_index import write
 
@@ -81,7 +81,9 @@ def test_encoded_examples_are_decoded_into_the_same_views(examples, probe):
     assert ours["image"].shape == (12, 16, 16, 3)  # the first block holds step 2 only
 
 
-def test_a_poisoned_image_is_grey_and_told_and_nothing_else_moves(probe, capsys):
+def test_a_poisoned_image_is_grey_and_told_and_nothing_else_moves(probe, capsys, monkeypatch):
+    counted = []
+    monkeypatch.setattr(REJECTED, "inc", lambda: counted.append(1))
     rng = np.random.default_rng(2)
     images = [cv2.imencode(".png", image)[1].tobytes() for image in rng.integers(0, 256, (37, 20, 30, 3), np.uint8)]
     grey = cv2.imencode(".png", np.full((20, 30, 3), 128, np.uint8))[1].tobytes()
@@ -97,6 +99,7 @@ def test_a_poisoned_image_is_grey_and_told_and_nothing_else_moves(probe, capsys)
         np.testing.assert_array_equal(made[column], expected[column])
     assert (made["image"][2] == 128).all()
     assert capsys.readouterr().out == f"warning: the image of example {bad * 10} is damaged: trained on as plain grey\n"
+    assert counted == [1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -75,7 +75,18 @@ def test_history_has_every_evaluation(in_process):
     assert all(0 <= row["top1"] <= row["top5"] <= 1 for row in result.history)
     assert result.history[-1]["cycle"] == 2
     assert "uniform 0.80 asked" in printed
-    assert "run 20/20 cycle 2" in printed
+    assert re.search(r"run 20/20 cycle 2 .* img/s, \d+ % waiting for data", printed)
+
+
+def test_history_tells_what_the_ledger_holds(in_process):
+    result, _ = in_process
+    rows = ledger.read(result.folder)
+    step, trust, weight = (rows[name].to_numpy() for name in ("step", "trust", "weight"))
+    for told in result.history:
+        here = step == told["step"] - 1
+        assert told["trust"] == pytest.approx(trust[here].mean())
+        assert told["zero_weights"] == pytest.approx((weight[here] == 0).mean())
+        assert 0 < told["waiting_for_data"] < 1
 
 
 def test_ledger_has_each_id_once_an_epoch(in_process, two_workers):
@@ -215,6 +226,16 @@ def test_what_cannot_work_is_refused_before_ray_starts(changes, message, tmp_pat
     monkeypatch.setattr(launch.compute, "join", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(InputError, match=message):
         launch.run(recipe(tmp_path, **changes), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("apart", [None, {"ray-subcluster": "!data"}])
+def test_gpus_that_are_to_come_are_waited_for(apart, tmp_path, local_ray, monkeypatch):
+    """Where training nodes are set apart none may be up yet: `auto` must not go for their CPUs."""
+    monkeypatch.setattr(launch.compute, "training_nodes", lambda: apart)
+    silent = Console(file=io.StringIO())
+    assert launch._use_gpu(recipe(tmp_path, workers=2), silent) == bool(apart)
+    assert not launch._use_gpu(recipe(tmp_path, workers=0), silent)
+    assert not launch._use_gpu(recipe(tmp_path, workers=2, device="cpu"), silent)
 
 
 def test_mistakes_end_a_script_with_one_line(tmp_path, capsys):
