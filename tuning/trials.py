@@ -24,7 +24,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Domain
 from rich.console import Console
 
-from pipeline import storage
+from pipeline import compute, storage
 from pipeline.dataset import HeldOut, InputError
 from training import launch
 from training.recipe import Recipe
@@ -99,7 +99,9 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial has its line, and error.txt
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its own tables of each trial: ours are the runs'
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables beside our lines
-    trial = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), {"CPU": 1})
+    apart = compute.data_nodes()  # a driver takes no room on a machine with a GPU
+    room = tune.PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[apart]) if apart else {"CPU": 1}
+    trial = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), room)
     filesystem, path = launch.ray_storage(sweep.folder)
     if sweep.resume:
         return tune.Tuner.restore(storage.join(path, FOLDER), trial, storage_filesystem=filesystem)
