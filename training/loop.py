@@ -1,4 +1,4 @@
-"""One training worker: its groups in, updates, and at every checkpoint a ledger file and the state out.
+"""One training worker: its groups in, updates, its rows of the ledger and, at every checkpoint, the state out.
 
 Shapes: B noisy examples of this worker, M probe examples, K classes, G noisy examples of a group.
 """
@@ -108,6 +108,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     history = resume(state, job.folder, rank, world, warnings)
     plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
+    closing.callback(ledger.close)
     tracker = writer = None
     if rank == 0:
         if first_start:
