@@ -22,7 +22,7 @@ from pipeline import storage, stream
 from pipeline.dataset import InputError, Split
 from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group
-from training import checkpoint, networks
+from training import checkpoint, model_file, networks
 from training.evaluation import evaluate
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
@@ -106,6 +106,8 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     state = new_state(recipe, job.channels, len(job.class_names), world, device)
     warnings: list[str] = []
     history = resume(state, job.folder, rank, world, warnings)
+    if recipe.start_from and not state.step:
+        state.load_weights(model_file.read(recipe.start_from).weights)
     plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
     closing.callback(ledger.close)
@@ -292,4 +294,4 @@ def export(state: TrainState, job: Job) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
     metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(publishable(job.recipe))}
     fs, path = storage.connect(job.folder)
-    storage.write(fs, storage.join(path, "model.safetensors"), to_bytes(weights, metadata))
+    storage.write(fs, storage.join(path, model_file.NAME), to_bytes(weights, metadata))
