@@ -81,7 +81,7 @@ def render(report: Report) -> str:
     )
     template = environment.from_string(Path(__file__).with_name("audit.html.j2").read_text())
     findings, names = report.findings, report.class_names
-    classes = sorted(_classes(findings, names), key=lambda row: -row["width"])
+    classes = _classes(findings, names)
     suspects = _suspects(report)
     return template.render(
         name=report.name,
@@ -174,17 +174,18 @@ def _heatmap(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _classes(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]]:
+    # The classes with the most wrong labels first.
     rate_K = findings.wrong_K / np.maximum(findings.count_K, 1)
     return [
         {
-            "name": name,
+            "name": names[k],
             "images": f"{findings.count_K[k]:,}",
             "trusted": f"{findings.trusted_K[k]:,}",
             "suspects": f"{findings.suspect_K[k]:,}",
             "rate": _percent(rate_K[k]),
             "width": round(100 * rate_K[k], 1),
         }
-        for k, name in enumerate(names)
+        for k in np.argsort(-findings.wrong_K, kind="stable")
     ]
 
 
