@@ -58,7 +58,8 @@ class Custom(Layout):
     name: ClassVar[str] = "custom"
 
     trusted: str = ""
-    """URL of a list of trusted images: CSV with columns uri and label, or a name a line, which keeps its label."""
+    """URL of a list of trusted images: CSV with columns uri and label, such as suggest.csv of an audit once labels are
+    filled in (lines without one are passed over), or a name a line, which keeps its label."""
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
         """The images at `url`, settled; with `look_around`, unlisted files are counted too.
@@ -313,7 +314,11 @@ def _trust(url: str, found: _Rows, class_names: tuple[str, ...], label_N: np.nda
     row_of |= {key: row for row, key in enumerate(found.keys)}
     number_of = {name: number for number, name in enumerate(class_names)}
     given: dict[int, int] = {}
+    blank = 0
     for where, key, label in entries:
+        if label == "":
+            blank += 1
+            continue
         row = row_of.get(key, row_of.get(_absolute(url.rpartition("/")[0], key)))
         if row is None:
             raise InputError(f"{where}: {key} names no image of the data set: mend the list")
@@ -326,6 +331,10 @@ def _trust(url: str, found: _Rows, class_names: tuple[str, ...], label_N: np.nda
             raise InputError(f"{where}: {key} has another label further up: choose one")
     for row, number in given.items():
         found.splits[row], label_N[row] = "probe", number
+    if blank:
+        found.findings.append(
+            Finding("note", f"{blank:,} images of {url} have no label yet", "fill it in to trust them")
+        )
 
 
 def _trusted_entries(url: str) -> Iterator[tuple[str, str, str | None]]:

@@ -42,6 +42,9 @@ class Split(Protocol):
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order, in memory."""
 
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the data set calls the images at `rows`; their ids where they have no names."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -73,6 +76,10 @@ class Examples:
         true = None if self.true_label_N is None else self.true_label_N[rows]
         image = self.image_N[rows] if isinstance(self.image_N, np.ndarray) else self.image_N.take(pa.array(rows))
         return Examples(self.id_N[rows], self.label_N[rows], image, true)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The ids of the images at `rows`, which have no other names here."""
+        return [str(number) for number in self.id_N[rows]]
 
     def image(self, row: int) -> np.ndarray:
         """One image, H×W×C uint8."""

@@ -155,6 +155,15 @@ class Shards:
 
         Raises InputError for a shard that is missing or damaged.
         """
+        table = self._read(rows, ["id", "label", "image"])
+        label_N = table["label"].to_numpy().astype(np.int64)
+        return Examples(table["id"].to_numpy(), label_N, table["image"].combine_chunks())
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the data set's own lists call the images at `rows`. Raises as `take` does."""
+        return self._read(rows, ["key"])["key"].to_pylist()
+
+    def _read(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
         end = np.cumsum([shard.rows for shard in self.shards])
         shard_N = np.searchsorted(end, rows, side="right")
         within_N = rows - (end - [shard.rows for shard in self.shards])[shard_N]
@@ -164,16 +173,14 @@ class Shards:
             footers = dict(zip(files, pool.map(lambda file: _footer(self.url, self.shards[file]), files), strict=True))
 
             def read(unit: np.ndarray) -> pa.Table:
-                return _read_row_group(self.url, self.shards[unit[0]], footers[unit[0]], int(unit[1]))
+                return _read_row_group(self.url, self.shards[unit[0]], footers[unit[0]], int(unit[1]), columns)
 
             tables = list(pool.map(read, units.T))
         start = np.cumsum([0, *(len(table) for table in tables[:-1])])
-        table = pa.concat_tables(tables).combine_chunks().take(pa.array(start[unit_N] + within_N % self.row_group))
-        label_N = table["label"].to_numpy().astype(np.int64)
-        return Examples(table["id"].to_numpy(), label_N, table["image"].combine_chunks())
+        return pa.concat_tables(tables).combine_chunks().take(pa.array(start[unit_N] + within_N % self.row_group))
 
 
-def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int) -> pa.Table:
+def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int, wanted: list[str]) -> pa.Table:
     # One request for one row group: Parquet's own reader would send several, and retry none.
     fs, path = storage.connect(url)
     path = storage.join(path, shard.name)
@@ -182,9 +189,7 @@ def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int
         start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
         size = sum(column.total_compressed_size for column in columns)
         window = _Window(storage.read(fs, path, start, start + size), start, shard.bytes)
-        return pq.ParquetFile(window, metadata=footer, pre_buffer=False).read_row_group(
-            number, ["id", "label", "image"]
-        )
+        return pq.ParquetFile(window, metadata=footer, pre_buffer=False).read_row_group(number, wanted)
 
 
 def _footer(url: str, shard: Shard) -> pq.FileMetaData:

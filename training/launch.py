@@ -27,7 +27,8 @@ from pipeline import compute, storage
 from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
-from training import checkpoint, networks, tracking
+from pipeline.tree import absolute
+from training import checkpoint, model_file, networks, tracking
 from training.loop import FAILURE, NOTES, Job, read_note, train
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
@@ -94,11 +95,15 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
     """
     console, stop = console or Console(), until or recipe.schedule.steps
+    if recipe.start_from:
+        recipe = replace(recipe, start_from=absolute(recipe.start_from))  # workers run in other folders
     folder = _run_folder(recipe)
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
     start, history = _resume_point(folder, recipe, dataset.digest, console)
+    if recipe.start_from and not start:
+        _check_start(recipe, dataset)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if start:
@@ -237,6 +242,17 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
     return int(saved["step"]), saved["history"]
+
+
+def _check_start(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise InputError where the run to start from has another network or other classes."""
+    model = model_file.read(recipe.start_from)
+    model.require(dataset.class_names, recipe.data or recipe.name)
+    if model.recipe["network"] != recipe.network:
+        raise InputError(
+            f"{recipe.start_from} has trained {model.recipe['network']}, not {recipe.network}: "
+            "set --network to that, or start from another run"
+        )
 
 
 def _check_network(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""One training worker: its groups in, updates, and at every checkpoint a ledger file and the state out.
+"""One training worker: its groups in, updates, its rows of the ledger and, at every checkpoint, the state out.
 
 Shapes: B noisy examples of this worker, M probe examples, K classes, G noisy examples of a group.
 """
@@ -23,7 +23,7 @@ from pipeline import storage, stream
 from pipeline.dataset import InputError, Split
 from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group
-from training import checkpoint, networks
+from training import checkpoint, model_file, networks
 from training.evaluation import evaluate
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
@@ -113,8 +113,11 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     state = new_state(recipe, job.channels, len(job.class_names), world, device)
     warnings: list[str] = []
     history = resume(state, job.folder, rank, world, warnings)
+    if recipe.start_from and not state.step:
+        state.load_weights(model_file.read(recipe.start_from).weights)
     plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
+    closing.callback(ledger.close)
     tracker = writer = None
     if rank == 0:
         if first_start:
@@ -313,4 +316,4 @@ def export(state: TrainState, job: Job) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
     metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(publishable(job.recipe))}
     fs, path = storage.connect(job.folder)
-    storage.write(fs, storage.join(path, "model.safetensors"), to_bytes(weights, metadata))
+    storage.write(fs, storage.join(path, model_file.NAME), to_bytes(weights, metadata))
