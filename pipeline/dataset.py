@@ -141,6 +141,11 @@ class Source(ABC):
     def views(self) -> Views:
         """The weak and strong views to train with."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
         """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""

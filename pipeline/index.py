@@ -274,6 +274,11 @@ class Sharded(Source):
         """The weak and strong views to train with."""
         return PhotoViews(self.policy, self.size)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+        return self.size, self.size, 3
+
     def load(self, url: str, seed: int) -> Dataset:
         """The data set whose index is at `url`; the probe is read into memory as it is stored."""
         if not url:
