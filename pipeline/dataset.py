@@ -169,6 +169,11 @@ class Source(ABC):
     def views(self) -> Views:
         """The weak and strong views to train with."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
         """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
@@ -187,6 +192,11 @@ class HeldOut(Source):
     def views(self) -> Views:
         """See `Source`."""
         return self.source.views
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Source`."""
+        return self.source.shape
 
     def load(self, url: str, seed: int) -> Dataset:
         """See `Source`."""

@@ -278,7 +278,7 @@ def write_page(
 def disputed(run: Run, dataset: Dataset) -> list[page.Judged]:
     """The trusted images to which the network gives another label, those with the least probable label first."""
     probe = dataset.probe
-    probability_MK = run.model.probabilities(probe, source_of(run.recipe["dataset"]).views)
+    probability_MK = run.model.probabilities(probe)
     answer_M = probability_MK.argmax(1)
     own_M = probability_MK[np.arange(len(probe)), probe.label_N]
     rows = np.flatnonzero(answer_M != probe.label_N)

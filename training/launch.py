@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -115,7 +116,6 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     views = recipe.dataset.views
-    view = views.test(dataset.probe.image(0))
     probe_group = recipe.probe_batch // recipe.groups
     plan = Plan(
         row_groups=dataset.train.row_groups,
@@ -125,13 +125,13 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
         probe=probe_group,
         start=0,
         stop=stop,
-        chunk=chunk_of(recipe.group, view.nbytes * (2 + probe_group / recipe.group)),
+        chunk=chunk_of(recipe.group, math.prod(recipe.dataset.shape) * (2 + probe_group / recipe.group)),
     )
     train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
     tests = {name: ray.put(test) for name, test in dataset.tests.items()}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
-    job = Job(recipe, plan, tests, view.shape[-1], dataset.class_names, folder, queue)
+    job = Job(recipe, plan, tests, dataset.class_names, folder, queue)
 
     def remaining() -> ray.data.Dataset:
         # Ray Train asks again at every start of the workers, who look for the same checkpoint.

@@ -53,7 +53,6 @@ class Job:
     recipe: Recipe
     plan: Plan  # from step 0
     tests: dict[str, ray.ObjectRef]
-    channels: int
     class_names: tuple[str, ...]
     folder: str  # the run's own, a local path or URL
     progress: Any  # a queue that the launching process reads
@@ -110,11 +109,11 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     if recipe.precision == "float64":
         closing.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-    state = new_state(recipe, job.channels, len(job.class_names), world, device)
+    state = new_state(recipe, len(job.class_names), world, device)
     warnings: list[str] = []
     history = resume(state, job.folder, rank, world, warnings)
     if recipe.start_from and not state.step:
-        state.load_weights(model_file.read(recipe.start_from).weights)
+        state.load_weights(dict(model_file.read(recipe.start_from).weights))
     plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
     closing.callback(ledger.close)
@@ -242,9 +241,9 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
     }
 
 
-def new_state(recipe: Recipe, channels: int, classes: int, workers: int, device: torch.device) -> TrainState:
+def new_state(recipe: Recipe, classes: int, workers: int, device: torch.device) -> TrainState:
     """The state before step 0, the same on every one of `workers`."""
-    model: nn.Module = networks.build(recipe.network, channels, classes, recipe.seed).to(device)
+    model: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
     if chunks > 1 or recipe.channels_last or recipe.precision == "bf16":

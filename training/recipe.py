@@ -264,9 +264,8 @@ def source_of(said: Mapping[str, Any]) -> Source:
     try:
         return _made(kinds[fields.pop("kind")], fields)
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"recipe.json tells of a data set that is unknown here ({error}): use the code it was made with"
-        ) from None
+        what = f"the recipe tells of a data set that is unknown here ({error})"
+        raise InputError(f"{what}: use the code it was made with") from None
 
 
 def _made(kind: Any, said: Mapping[str, Any]) -> Any:
