@@ -132,17 +132,17 @@ def clean(request: Request, console: Console | None = None) -> Index:
         if shard.name not in done
     ]
     _make(tasks, done, (request, audit, about, index.row_group, made_of), index, console)
-    audited, corrected = (sum(record[name] for record in done.values()) for name in ("audited", "corrected"))
-    if audited < audit.rows:
+    found, changed = (sum(record[name] for record in done.values()) for name in ("found", "corrected"))
+    if found < audit.rows:
         raise InputError(
-            f"{request.run}/{LABELS} has {audit.rows - audited:,} ids that are not in the training set of "
-            f"{request.data}: give the shards that the run was trained on"
+            f"{request.run}/{LABELS} has {audit.rows - found:,} ids that are not in {request.data}: "
+            "give the shards that the run was trained on"
         )
     shards = job.shards_of((shard.name for shard in index.shards), done)
     options = {**index.options, "cleaned": chosen}
     cleaned = replace(index, made_of=made_of, shards=shards, rejected=0, options=options)
     job.seal(request.out, cleaned)
-    told = f"{audited:,} of {index.count('train'):,} training labels were audited, {corrected:,} are corrected"
+    told = f"{changed:,} of {index.count('train'):,} training labels are corrected"
     console.print(f"{request.out}: {told}", highlight=False, soft_wrap=True)
     return cleaned
 
@@ -178,13 +178,13 @@ def read_audit(run: str, classes: int) -> Audit:
 def clean_shard(
     task: pa.Table, request: Request, audit: Audit, about: Predictions | None, row_group: int, made_of: str
 ) -> pa.Table:
-    """Write one shard anew; returns its record: how many labels were audited, and how many of these corrected."""
+    """Write one shard anew; returns its record: how many ids the audit knows, and how many labels were corrected."""
     shard = Shard.of(json.loads(task["shard"][0].as_py()))
     table = Shards(request.data, (shard,), row_group).table(np.arange(shard.rows), SHARD_SCHEMA.names)
     id_N, given_N = table["id"].to_numpy(), table["label"].to_numpy()
     trusted_N = table["trusted"].to_numpy()
-    known_N, said = audit.of(id_N)
-    known_N &= ~trusted_N
+    found_N, said = audit.of(id_N)
+    known_N = found_N & ~trusted_N  # an image may have become trusted since: its label is a person's now
     _require_same_labels(id_N, given_N, known_N, said, request)
     label_N, weight_N = corrected(given_N, known_N, said, request.quality, request.confidence)
     columns = {name: table[name] for name in SHARD_SCHEMA.names} | {
@@ -199,7 +199,7 @@ def clean_shard(
         "name": shard.name,
         "made_of": made_of,
         "listed": shard.rows,
-        "audited": int(known_N.sum()),
+        "found": int(found_N.sum()),
         "corrected": int((label_N != given_N).sum()),
     }
     schema = WITH_PROBABILITIES if about else SCHEMA

@@ -186,6 +186,14 @@ def test_killed_and_started_again_nothing_is_twice_or_missing(trained, digits, p
     assert "497 images, 0 predicted now" in again.file.getvalue()
 
 
+def test_results_out_of_order_are_never_written(trained, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "TASK_ROWS", 200)
+    monkeypatch.setattr(predict.job, "unwrapped", lambda blocks: reversed(list(blocks)))
+    with pytest.raises(RuntimeError, match="the results of part 0 are out of order"):
+        predict.predict(Request(trained.folder, str(digits), f"{tmp_path}/out"), quiet())
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
 def test_shards_are_answered_as_their_evaluation_was(local_ray, tmp_path):
     """Photographs of two shapes in two sets: resized and cut out by the test view; ids and keys are the shards' own."""
     files = {}
