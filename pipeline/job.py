@@ -80,7 +80,9 @@ def unwrapped(results: Iterable[T]) -> Iterator[T]:
     try:
         yield from results
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (InputError, OSError)) else error from None
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause).splitlines()[0]) from None  # Ray adds lines on retries
+        raise error.cause if isinstance(error.cause, OSError) else error from None
 
 
 def whole(out: str, made_of: str) -> Index | None:

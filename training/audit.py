@@ -32,7 +32,7 @@ from pipeline.census import census
 from pipeline.dataset import Dataset, InputError
 from pipeline.keyed import TASK_ROWS, reduce_by_key
 from training import checkpoint, ledger, model_file, page
-from training.evidence import Findings, reduce_visits, settled
+from training.evidence import SCHEMA, Findings, reduce_visits, settled
 from training.launch import guarded
 from training.recipe import source_of
 from training.schedule import Schedule
@@ -107,7 +107,7 @@ class Run:
 def audit(options: Options, console: Console | None = None) -> Findings:
     """Write labels.parquet, audit.html and, where asked for, suggest.csv; returns what they tell.
 
-    Raises InputError, before the ledger is read, for what is missing, damaged or does not belong together.
+    Raises InputError for what is missing, damaged or does not belong together, most of it before the ledger is read.
     """
     console = console or Console()
     run = Run.open(options.run)
@@ -136,10 +136,11 @@ def audit(options: Options, console: Console | None = None) -> Findings:
         names = dataset.train.names(np.array([row_of[id_] for id_ in suggested["id"].to_pylist()]))
         _write(run, SUGGESTIONS, suggestions(suggested, names, dataset.class_names))
         console.print(
-            f"{run.folder}/{SUGGESTIONS}: {len(suggested):,} images: fill in the column label, make shards with it as "
-            "--trusted, and train on them with --start-from",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{run.folder}/{SUGGESTIONS}: {len(suggested):,} images: fill in the column label; pipeline.shards custom "
+            f"takes the file as --trusted, and a new run goes on with --start-from {run.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
     return findings
 
 
@@ -226,14 +227,10 @@ def write_labels(run: Run, tables: Iterator[pa.Table], findings: Findings) -> No
     fs, path = storage.connect(run.folder)
     with tempfile.TemporaryDirectory() as scratch:
         local = f"{scratch}/labels.parquet"
-        writer = None
-        for table in tables:
-            if len(table):
-                writer = writer or pq.ParquetWriter(local, table.schema, compression="zstd")
+        with pq.ParquetWriter(local, SCHEMA, compression="zstd") as writer:
+            for table in tables:
                 writer.write_table(table)
                 findings.add(table)
-        assert writer is not None, "whole parts have rows"
-        writer.close()
         storage.commit(fs, local, storage.join(path, LABELS))
 
 

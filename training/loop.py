@@ -77,7 +77,8 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
         except Exception as error:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             mendable = isinstance(cause, (InputError, ValueError))
-            write_note(job.folder, FAILURE if mendable else LAST_ERROR, f"{cause}" if mendable else repr(cause))
+            told = str(cause).partition("\nFailed to ")[0] if mendable else repr(cause)  # Ray adds lines on retries
+            write_note(job.folder, FAILURE if mendable else LAST_ERROR, told)
             raise cause from None
 
 

@@ -35,6 +35,14 @@ def test_all_rows_of_a_key_come_to_one_task(local_ray, monkeypatch):
         assert (total, count) == (sum(expected), len(expected))
 
 
+def test_tasks_without_a_key_are_left_out(local_ray, monkeypatch):
+    monkeypatch.setattr(keyed, "TASK_ROWS", 1)
+    tasks = [pa.table({"start": [0], "stop": [2]}), pa.table({"start": [97], "stop": [99]})]
+    tables = list(keyed.reduce_by_key(tasks, squares, "number", 6, sums))
+    assert {n for table in tables for n in table["number"].to_pylist()} == {0, 1}
+    assert all(len(table) for table in tables)
+
+
 def broken(task: pa.Table, message: str) -> pa.Table:
     raise InputError(message)
 

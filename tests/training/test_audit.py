@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -163,6 +164,17 @@ def test_suggestions_become_trusted_images_of_a_run_that_goes_on(root, tmp_path)
     ):
         with pytest.raises(InputError, match=message):
             launch.run(recipe(root, **{**settings, "name": "other", **changes}), console())
+
+
+def test_a_run_in_the_cloud(root, bucket):
+    fs, path = fsspec.core.url_to_fs(bucket)
+    fs.put(f"{root}/runs/run", f"{path}/run", recursive=True)
+    audit.audit(Options(f"{bucket}/run", f"{root}/shards", suggest=2), console())
+    with fs.open(f"{path}/run/{audit.LABELS}") as file:
+        made = pq.read_table(file)
+    assert made.equals(pq.read_table(root / "runs" / "run" / audit.LABELS))
+    assert fs.cat_file(f"{path}/run/{audit.PAGE}") == (root / "runs" / "run" / audit.PAGE).read_bytes()
+    assert fs.cat_file(f"{path}/run/{audit.SUGGESTIONS}").count(b"\n") == 3
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
