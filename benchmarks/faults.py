@@ -124,6 +124,11 @@ class EncodedDigits(Digits):
         """See `Source`; those of digits have one channel, and decoded images three."""
         return CifarViews()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Source`."""
+        return 8, 8, 3
+
     def load(self, url: str, seed: int) -> Dataset:
         """See `Source`."""
         plain = super().load(url, seed)

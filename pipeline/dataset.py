@@ -42,6 +42,9 @@ class Split(Protocol):
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order, in memory."""
 
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the data set calls the images at `rows`; their ids where they have no names."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -73,6 +76,10 @@ class Examples:
         true = None if self.true_label_N is None else self.true_label_N[rows]
         image = self.image_N[rows] if isinstance(self.image_N, np.ndarray) else self.image_N.take(pa.array(rows))
         return Examples(self.id_N[rows], self.label_N[rows], image, true)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The ids of the images at `rows`, which have no other names here."""
+        return [str(number) for number in self.id_N[rows]]
 
     def image(self, row: int) -> np.ndarray:
         """One image, H×W×C uint8."""
@@ -162,6 +169,11 @@ class Source(ABC):
     def views(self) -> Views:
         """The weak and strong views to train with."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
         """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
@@ -180,6 +192,11 @@ class HeldOut(Source):
     def views(self) -> Views:
         """See `Source`."""
         return self.source.views
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Source`."""
+        return self.source.shape
 
     def load(self, url: str, seed: int) -> Dataset:
         """See `Source`."""

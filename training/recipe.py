@@ -11,13 +11,16 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import tyro
 import yaml
 
 from pipeline import storage
+from pipeline.cifar import Cifar
 from pipeline.dataset import InputError, Source
+from pipeline.digits import Digits
+from pipeline.index import Sharded
 from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
@@ -48,6 +51,8 @@ class Recipe:
     """Where the data set is: a local path or any fsspec URL, such as gs://bucket/folder."""
     storage: str = "runs"
     """Where runs are kept: a local path or a URL."""
+    start_from: str = ""
+    """Folder or URL of a finished run whose weights this one starts from: same network and classes, new schedule."""
     network: str = "wrn-28-10"
     """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name."""
     schedule: Schedule = field(default_factory=Schedule)
@@ -246,7 +251,29 @@ def read_fields(url: str) -> dict[str, Any]:
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
-    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage")}
+    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
+
+
+def source_of(said: Mapping[str, Any]) -> Source:
+    """The data set of a recipe as plain data, such as recipe.json's `dataset`: the inverse of `as_json` there.
+
+    Raises InputError for a kind or field that is none.
+    """
+    kinds = {kind.__name__: kind for kind in (Cifar, Digits, Sharded)}
+    fields = dict(said)
+    try:
+        return _made(kinds[fields.pop("kind")], fields)
+    except (KeyError, TypeError) as error:
+        what = f"the recipe tells of a data set that is unknown here ({error})"
+        raise InputError(f"{what}: use the code it was made with") from None
+
+
+def _made(kind: Any, said: Mapping[str, Any]) -> Any:
+    # A frozen dataclass from plain data: nested ones are dicts, tuples are lists.
+    hints = get_type_hints(kind)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    nested = {name: _made(hints[name], value) for name, value in values.items() if isinstance(value, dict)}
+    return kind(**{**values, **nested})
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -7,12 +7,16 @@ import sys
 
 import pytest
 
+from pipeline.cifar import Cifar
+from pipeline.dataset import InputError
 from pipeline.digits import Digits
+from pipeline.index import Sharded
+from pipeline.noise import Noise
 from training.objectives.ieg import Ieg, ablation, paper, reference
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
 from training.objectives.supervised import Supervised
-from training.recipe import METHODS, Recipe, as_json, difference, override, parse, tuned
+from training.recipe import METHODS, Recipe, as_json, difference, override, parse, source_of, tuned
 
 TABLE_9 = [f"M-{number}" for number in range(1, 11)]
 
@@ -205,6 +209,25 @@ def test_as_json_is_plain_and_names_its_kinds(method):
     assert type(made.objective)(**data["objective"]) == made.objective
     assert data["schedule"]["lr"] == made.schedule.lr
     assert set(data) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Digits(noise=Noise("uniform", 0.3), probe_per_class=2),
+        Cifar(classes=100, noise=Noise("labels", source="labels.npz:worse"), policy="none", size=16, limit=40),
+        Sharded("webvision", evaluate=("imagenet", "val"), size=128),
+    ],
+)
+def test_a_data_set_comes_back_from_recipe_json(dataset):
+    said = as_json(dataclasses.replace(recipe("winnow"), dataset=dataset))["dataset"]
+    assert source_of(json.loads(json.dumps(said))) == dataset
+
+
+@pytest.mark.parametrize("said", [{"kind": "Elsewhere"}, {"kind": "Digits", "rows": 3}, {}])
+def test_a_data_set_that_is_unknown_here_is_refused(said):
+    with pytest.raises(InputError, match=r"the recipe tells of a data set that is unknown here .*: use the code"):
+        source_of(said)
 
 
 def test_supervised_has_one_field():
