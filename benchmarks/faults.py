@@ -31,6 +31,7 @@ ACTOR_STRIKE = 10  # the step done at which an actor dies: they work ahead
 PAIR_SECONDS = 0.002  # what two views of a photograph may take: actors are at work for most of the run
 SLOW_STEPS, SLOW_SECONDS = 25, 0.3
 FULL_UNTIL = 63  # the step at which a full disk gets space again: an evaluation and three checkpoints later
+ALONE_AT = 57  # the step at which a worker left alone waits for another
 POISONED_ROW = 100
 
 # ---- notes -----------------------------------------------------------------------------------------------------------
@@ -75,6 +76,11 @@ def note_place(folder: str, who: str) -> None:
     note(folder, "places", f"{who} {os.environ['RAY_RAYLET_PID']}")
 
 
+def ranks_started(folder: str, rank: int) -> int:
+    """How many processes have been worker `rank` of the run."""
+    return sum(line.startswith(f"rank {rank} ") for line in notes(folder, "places"))
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +123,11 @@ class EncodedDigits(Digits):
     def views(self) -> CifarViews:  # type: ignore[override]
         """See `Source`; those of digits have one channel, and decoded images three."""
         return CifarViews()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Source`."""
+        return 8, 8, 3
 
     def load(self, url: str, seed: int) -> Dataset:
         """See `Source`."""
@@ -188,6 +199,12 @@ def slow_down(folder: str, step: int, rank: int) -> None:
     if rank == 1 and STRIKE <= step < STRIKE + SLOW_STEPS:
         once(folder)
         time.sleep(SLOW_SECONDS)
+
+
+def stand_alone(folder: str, step: int, rank: int) -> None:
+    """A worker left alone stands still until the run takes another in, which ends it."""
+    while step == ALONE_AT and ranks_started(folder, 1) < 2:
+        time.sleep(0.1)
 
 
 def refuse_writes(folder: str, step: int, rank: int) -> None:

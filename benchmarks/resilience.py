@@ -35,6 +35,7 @@ import fsspec
 import numpy as np
 import ray.train
 import safetensors.numpy
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 from rich.console import Console
@@ -55,12 +56,14 @@ from benchmarks.faults import (
     notes,
     nothing,
     once,
+    ranks_started,
     refuse_writes,
     slow_down,
+    stand_alone,
     stop_for_good,
 )
 from pipeline.plan import Purpose, key
-from training import launch, ledger
+from training import checkpoint, launch, ledger
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
@@ -77,6 +80,7 @@ SEAT = "seat"  # what a worker of an elastic run needs beside a CPU
 BUCKET = "resilience"
 CLOUD = {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # what the emulator understands
 SETTINGS = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+SETTINGS["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"  # by itself 5 s, half the run
 
 Row = dict[str, Any]
 
@@ -150,18 +154,24 @@ def leave_alone(scene: Scene) -> str:
     return ""
 
 
-def remove_node(scene: Scene) -> str:
-    """Take a node with a data actor away without grace, one with a worker too where there is one."""
+def busy_node(scene: Scene) -> tuple[Node, str]:
+    """A node with a data actor, and with a worker too where there is one; and what it holds."""
     scene.wait_for_step(STRIKE)
     places = [line.split() for line in notes(scene.folder, "places")]
     actors = {place[-1] for place in places if place[0] == "actor"}
     workers = {place[-1] for place in places if place[0] == "rank"}
     nodes = {str(node.all_processes["raylet"][0].process.pid): node for node in scene.cluster.worker_nodes}
-    gone = next(iter(nodes.keys() & actors & workers or nodes.keys() & actors))
+    chosen = next(iter(nodes.keys() & actors & workers or nodes.keys() & actors))
+    held = [" ".join(place[:-1]) for place in places if place[-1] == chosen]
+    return nodes[chosen], f"it held {', '.join(held)}"
+
+
+def remove_node(scene: Scene) -> str:
+    """Take a node away without grace."""
+    node, said = busy_node(scene)
     once(scene.folder)
-    scene.cluster.remove_node(nodes[gone], allow_graceful=False)
-    held = [" ".join(place[:-1]) for place in places if place[-1] == gone]
-    return f"it held {', '.join(held)}"
+    scene.cluster.remove_node(node, allow_graceful=False)
+    return said
 
 
 def replace_node(scene: Scene) -> str:
@@ -169,6 +179,42 @@ def replace_node(scene: Scene) -> str:
     said = remove_node(scene)
     add_node(scene.cluster)
     return said
+
+
+def remove_node_for_a_while(scene: Scene) -> str:
+    """Take a node away, and bring another once the run goes on without."""
+    said = remove_node(scene)
+    starts = ranks_started(scene.folder, 0)
+    scene.wait(lambda: ranks_started(scene.folder, 0) > starts or scene.driver.poll() is not None)
+    add_node(scene.cluster)
+    return said
+
+
+def give_notice(scene: Scene) -> str:
+    """Tell the cluster that a node will be taken, as clouds do of spot machines; take it once a checkpoint is there."""
+    node, said = busy_node(scene)
+    once(scene.folder)
+    told = [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "60",
+    ]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    drain = [ray_command, "drain-node", "--address", scene.cluster.address, "--node-id", node.node_id, *told]
+    subprocess.run(drain, check=True, capture_output=True)
+    kept: list[int] = []
+
+    def reacted() -> bool:
+        kept[:] = [commit.step for commit in checkpoint.commits(f"{scene.url}/run")]
+        return bool(kept) or scene.driver.poll() is not None
+
+    scene.wait(reacted)
+    scene.cluster.remove_node(node, allow_graceful=False)
+    add_node(scene.cluster)
+    return f"{said}; checkpoint on notice: step {kept[0]}"
 
 
 def kill_driver(scene: Scene) -> str:
@@ -275,8 +321,8 @@ class Fault:
     inside: Callable[[str, int, int], None] = nothing  # by every worker before each of its steps: folder, step, rank
     outside: Callable[[Scene], str] = leave_alone  # while the run runs; what it says goes to the row's note
     twin: str = "undisturbed"  # the run to compare with
-    exact: bool = True  # whether values and parameters are equal to the bit
-    elastic: bool = False  # one worker or two, at most one on a node
+    elastic: bool = False  # one worker or two, at most one on a node; equal but for rounding, so in float64
+    kept: bool = True  # whether checkpoints are written without a reason
 
 
 FAULTS = {
@@ -292,7 +338,10 @@ FAULTS = {
     "grey_image": Fault(),
     "data_actor_out_of_memory": Fault(),
     "slow_rank": Fault(slow_down),
-    "elastic": Fault(outside=remove_node, exact=False, elastic=True),
+    "preemption_notice": Fault(slow_down, give_notice, kept=False),
+    "elastic_shrink": Fault(outside=remove_node, twin="two_workers", elastic=True),
+    "elastic_growth": Fault(stand_alone, remove_node_for_a_while, twin="two_workers", elastic=True),
+    "two_workers": Fault(elastic=True),
     "hang": Fault(stop_for_good),
     "one_after_another": Fault(kill_in_step, lose_node_and_driver),
 }
@@ -313,9 +362,10 @@ def recipe(name: str, folder: str, url: str) -> Recipe:
         probe_batch=20,
         group=GROUP,
         workers=(1, 2) if FAULTS[name].elastic else 2,
+        precision="float64" if FAULTS[name].elastic else "float32",
         actors=2,
-        evaluate_every=EVALUATE_EVERY,
-        checkpoint_steps=CHECKPOINT_STEPS,
+        evaluate_every=EVALUATE_EVERY if FAULTS[name].kept else 0,
+        checkpoint_steps=CHECKPOINT_STEPS if FAULTS[name].kept else 0,
         timeout=TIMEOUT,
         seed=SEED,
     )
@@ -324,7 +374,11 @@ def recipe(name: str, folder: str, url: str) -> Recipe:
 def drive(name: str, folder: str, url: str) -> None:
     """The driver's whole program."""
     if FAULTS[name].elastic:  # of which a node has one, as of a GPU: two workers do not crowd the node that is left
-        ray.train.ScalingConfig = partial(ray.train.ScalingConfig, resources_per_worker={"CPU": 1, SEAT: 1})
+        ray.train.ScalingConfig = partial(
+            ray.train.ScalingConfig,
+            resources_per_worker={"CPU": 1, SEAT: 1},
+            elastic_resize_monitor_interval_s=1,  # by itself a minute, as long as the run
+        )
     launch.guarded(lambda: launch.run(recipe(name, folder, url)))
 
 
@@ -362,9 +416,8 @@ def place(name: str, folder: str) -> Iterator[str]:
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and two nodes; all their processes are gone in the end."""
     port = free_port()
-    os.environ["RAY_ADDRESS"] = (
-        f"{get_node_ip_address()}:{port}"  # before: what Ray starts for itself on a node looks it up, too
-    )
+    # Known before the nodes start, because what Ray starts on them for itself looks it up.
+    os.environ["RAY_ADDRESS"] = f"{get_node_ip_address()}:{port}"
     head = {"num_cpus": 0, "include_dashboard": False, "gcs_server_port": port}
     held = Cluster(initialize_head=True, head_node_args=head)
     try:
@@ -401,7 +454,7 @@ def observe(name: str, folder: str) -> tuple[Row, Row]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(process), signal.SIGKILL)
         said["seconds"] = round(time.monotonic() - scene.started, 1)
-        said["starts"] = sum(line.startswith("rank 0") for line in notes(folder, "places"))
+        said["starts"] = ranks_started(folder, 0)
         return said, results(f"{url}/run")
 
 
@@ -423,8 +476,8 @@ def results(folder: str) -> Row:
 
 def compared(name: str, said: Row, ours: Row, theirs: Row) -> Row:
     """The row of the table: what is left of `theirs`, the twin's results, in `ours`."""
-    exact, folder = FAULTS[name].exact, said.pop("folder")
-    part = slice(None) if exact else slice(4)  # step, epoch, id and label; the rest is rounded otherwise
+    folder = said.pop("folder")
+    part = slice(4) if FAULTS[name].elastic else slice(None)  # step, epoch, id and label; the rest is rounded otherwise
     lost = sum(key not in ours["rows"] or ours["rows"][key][part] != row[part] for key, row in theirs["rows"].items())
     equal, apart = False, None
     if ours["parameters"] is not None:

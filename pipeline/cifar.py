@@ -64,6 +64,11 @@ class Cifar(Source):
         """The weak and strong views to train with."""
         return CifarViews(self.policy)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+        return self.size, self.size, 3
+
     def load(self, url: str, seed: int) -> Dataset:
         """The data set in the folder `url` (a local path or any fsspec URL), checked; `seed` keys all draws.
 

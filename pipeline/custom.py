@@ -58,7 +58,8 @@ class Custom(Layout):
     name: ClassVar[str] = "custom"
 
     trusted: str = ""
-    """URL of a list of trusted images: CSV with columns uri and label, or a name a line, which keeps its label."""
+    """URL of a list of trusted images: CSV with columns uri and label, such as suggest.csv of an audit once labels are
+    filled in (lines without one are passed over), or a name a line, which keeps its label."""
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
         """The images at `url`, settled; with `look_around`, unlisted files are counted too.
@@ -90,6 +91,32 @@ class Custom(Layout):
         if look_around and found.home:
             listing = looked_around(listing, Tree.open(found.home))
         return _probe_checked(settle(listing))
+
+
+def images_at(url: str) -> tuple[list[str], list[Place]]:
+    """Keys and places of all images at `url`, whatever is said of their labels, as Custom names them.
+
+    Raises InputError for what cannot be read.
+    """
+    fs, path = storage.connect(url)
+    url = absolute(url)
+    if path.lower().endswith(".csv"):
+        columns, where = _csv_columns(url)
+        return _uris(url, columns, _uri_column(url, columns), where)
+    if not (parquet := _parquet_urls(fs, path, url)):
+        tree = Tree.open(url)
+        names = sorted(tree.images())
+        return names, tree.places(names)
+    keys, places = [], []
+    for one in parquet:
+        columns, images, rows = _parquet_columns(one)
+        if images:
+            part = _parquet_images(one, columns, rows)
+        else:
+            part = _uris(one, columns, _uri_column(one, columns), _row_of(one))
+        keys += part[0]
+        places += part[1]
+    return keys, places
 
 
 def _probe_checked(listing: Listing) -> Listing:
@@ -192,17 +219,33 @@ def _csv_columns(url: str) -> tuple[dict[str, list[Any]], Callable[[int], str]]:
 def _manifest(url: str, columns: dict[str, list[Any]], where: Callable[[int], str], default: str) -> _Rows:
     # The images that a table of URIs and labels names.
     named = _required(url, columns, _URI)
-    found = _Rows(keys=[str(uri or "") for uri in columns[named]])
-    for row, key in enumerate(found.keys):
-        if not key:
-            raise InputError(f"{where(row)}: no {named}: fill it in, or remove the row")
+    found = _Rows(home=url.rpartition("/")[0])
+    found.keys, found.places = _uris(url, columns, named, where)
     _fill(found, columns, where, default)
-    found.home = url.rpartition("/")[0]
-    found.places = [(_absolute(found.home, key), 0, -1, "file") for key in found.keys]
     ignored = sorted(columns.keys() - {named, "label", *_OPTIONAL})
     if ignored:
         found.findings.append(Finding("note", f"columns of {url} that are not read: {', '.join(ignored)}"))
     return found
+
+
+def _uris(
+    url: str, columns: dict[str, list[Any]], named: str, where: Callable[[int], str]
+) -> tuple[list[str], list[Place]]:
+    # Keys and places of the images that the column `named` of a table names.
+    keys = [str(uri or "") for uri in columns[named]]
+    for row, key in enumerate(keys):
+        if not key:
+            raise InputError(f"{where(row)}: no {named}: fill it in, or remove the row")
+    return keys, [(_absolute(url.rpartition("/")[0], key), 0, -1, "file") for key in keys]
+
+
+def _uri_column(url: str, columns: dict[str, list[Any]]) -> str:
+    for name in _URI:
+        if name in columns:
+            return name
+    raise InputError(
+        f"{url} has columns {', '.join(columns) or '(none)'}: it needs {' or '.join(_URI)}, or one of encoded images"
+    )
 
 
 def _required(url: str, columns: Sequence[str] | dict[str, list[Any]], names: tuple[str, ...]) -> str:
@@ -262,7 +305,7 @@ def _parquet(urls: list[str]) -> _Rows:
     for url in urls:
         file_name = url.rpartition("/")[2]
         named = re.match(r"(training|train|validation|valid|val|test|probe|trusted)(?![a-z])", file_name.lower())
-        part = _parquet_file(url, file_name, _split(named[1]) if named else "train")
+        part = _parquet_file(url, _split(named[1]) if named else "train")
         for ours, theirs in ((whole.keys, part.keys), (whole.labels, part.labels), (whole.splits, part.splits)):
             ours += theirs
         whole.places += part.places
@@ -271,7 +314,24 @@ def _parquet(urls: list[str]) -> _Rows:
     return whole
 
 
-def _parquet_file(url: str, file_name: str, default: str) -> _Rows:
+def _parquet_file(url: str, default: str) -> _Rows:
+    columns, images, rows = _parquet_columns(url)
+    where = _row_of(url)
+    if not images:
+        return _manifest(url, columns, where, default)
+    _required(url, (*columns, images), (images,))
+    found = _Rows(unlisted=0)
+    found.keys, found.places = _parquet_images(url, columns, rows)
+    _fill(found, columns, where, default)
+    return found
+
+
+def _row_of(url: str) -> Callable[[int], str]:
+    return lambda row: f"{url}, row {row}"
+
+
+def _parquet_columns(url: str) -> tuple[dict[str, list[Any]], str, int]:
+    # The columns that are read, the name of the one that holds encoded images ("" where none does), and the rows.
     fs, path = storage.connect(url)
     try:
         with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
@@ -284,23 +344,18 @@ def _parquet_file(url: str, file_name: str, default: str) -> _Rows:
         raise InputError(f"no such file: {url}: check the path") from None
     except pa.ArrowException as error:
         raise InputError(f"{url} is no readable Parquet file ({type(error).__name__}): copy it again") from None
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-
-    def where(row: int) -> str:
-        return f"{url}, row {row}"
-
-    if not images:
-        return _manifest(url, columns, where, default)
     if len(images) > 1:
         raise InputError(f"{url} has {len(images)} columns of encoded images ({', '.join(images)}): keep one")
-    _required(url, schema.names, (images[0],))
-    ids = columns.get("id", [f"{file_name}:{row}" for row in range(table.num_rows)])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return columns, "".join(images), table.num_rows
+
+
+def _parquet_images(url: str, columns: dict[str, list[Any]], rows: int) -> tuple[list[str], list[Place]]:
+    # Keys and places of the images that a Parquet file holds.
+    ids = columns.get("id", [f"{url.rpartition('/')[2]}:{row}" for row in range(rows)])
     if None in ids:
-        raise InputError(f"{where(ids.index(None))}: no id: fill it in, or leave the column out")
-    found = _Rows(keys=[str(one) for one in ids], places=[(url, row, -1, "row") for row in range(table.num_rows)])
-    _fill(found, columns, where, default)
-    found.unlisted = 0
-    return found
+        raise InputError(f"{_row_of(url)(ids.index(None))}: no id: fill it in, or leave the column out")
+    return [str(one) for one in ids], [(url, row, -1, "row") for row in range(rows)]
 
 
 # ---- the list of trusted images --------------------------------------------------------------------------------------
@@ -313,7 +368,11 @@ def _trust(url: str, found: _Rows, class_names: tuple[str, ...], label_N: np.nda
     row_of |= {key: row for row, key in enumerate(found.keys)}
     number_of = {name: number for number, name in enumerate(class_names)}
     given: dict[int, int] = {}
+    blank = 0
     for where, key, label in entries:
+        if label == "":
+            blank += 1
+            continue
         row = row_of.get(key, row_of.get(_absolute(url.rpartition("/")[0], key)))
         if row is None:
             raise InputError(f"{where}: {key} names no image of the data set: mend the list")
@@ -326,6 +385,10 @@ def _trust(url: str, found: _Rows, class_names: tuple[str, ...], label_N: np.nda
             raise InputError(f"{where}: {key} has another label further up: choose one")
     for row, number in given.items():
         found.splits[row], label_N[row] = "probe", number
+    if blank:
+        found.findings.append(
+            Finding("note", f"{blank:,} images of {url} have no label yet", "fill it in to trust them")
+        )
 
 
 def _trusted_entries(url: str) -> Iterator[tuple[str, str, str | None]]:

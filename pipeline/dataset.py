@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,9 @@ import pyarrow as pa
 
 from pipeline.images import decode
 from pipeline.views import Views
+
+MOST_HELD_OUT = 50  # trusted examples of a class: more tell accuracies apart no better than a sweep needs
+HELD_OUT_DRAW = 4  # no other draw of a data set has this number
 
 
 class InputError(ValueError):
@@ -38,6 +41,9 @@ class Split(Protocol):
 
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at `rows`, in that order, in memory."""
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the data set calls the images at `rows`; their ids where they have no names."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class Examples:
         image = self.image_N[rows] if isinstance(self.image_N, np.ndarray) else self.image_N.take(pa.array(rows))
         return Examples(self.id_N[rows], self.label_N[rows], image, true)
 
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The ids of the images at `rows`, which have no other names here."""
+        return [str(number) for number in self.id_N[rows]]
+
     def image(self, row: int) -> np.ndarray:
         """One image, H×W×C uint8."""
         if isinstance(self.image_N, np.ndarray):
@@ -100,6 +110,24 @@ class Dataset:
         """A checksum of all examples and classes: a run resumes on the same data only."""
         parts = [self.train.digest, self.probe.digest, *(test.digest for test in self.tests.values())]
         return hashlib.sha256(" ".join([*parts, *self.class_names]).encode()).hexdigest()
+
+    def held_out(self, per_class: int, seed: int) -> Dataset:
+        """The data set without its tests: `per_class` trusted examples of each class become its one evaluation set.
+
+        With 0, half of the smallest class's, at most MOST_HELD_OUT. Raises InputError where a class has too few.
+        """
+        classes = len(self.class_names)
+        smallest = int(np.bincount(self.probe.label_N, minlength=classes).min())
+        per_class = per_class or min(smallest // 2, MOST_HELD_OUT)
+        if not 0 < per_class < smallest:
+            raise InputError(
+                f"a class has {smallest} trusted examples, too few to hold out {max(per_class, 1)} for validation and "
+                "train with the rest: lower it, or label more"
+            )
+        rows = draw_probe(self.probe.label_N, classes, per_class, keyed_generator(seed, HELD_OUT_DRAW))
+        rest = np.setdiff1d(np.arange(len(self.probe)), rows)
+        tests = {"validation": self.probe.take(rows)}
+        return replace(self, probe=self.probe.take(rest), tests=tests).check()
 
     def check(self) -> Dataset:
         """Return self, or raise InputError naming what is wrong: empty, mislabelled, unbalanced or overlapping.
@@ -141,9 +169,38 @@ class Source(ABC):
     def views(self) -> Views:
         """The weak and strong views to train with."""
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
         """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
+
+
+@dataclass(frozen=True)
+class HeldOut(Source):
+    """A source for what is chosen by its results: some trusted examples validate, and the test sets are not there."""
+
+    source: Source
+    """The data set itself."""
+    per_class: int
+    """Trusted examples of each class that validate; 0: half of the smallest class's, at most 50."""
+
+    @property
+    def views(self) -> Views:
+        """See `Source`."""
+        return self.source.views
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Source`."""
+        return self.source.shape
+
+    def load(self, url: str, seed: int) -> Dataset:
+        """See `Source`."""
+        return self.source.load(url, seed).held_out(self.per_class, seed)
 
 
 def keyed_generator(seed: int, purpose: int) -> np.random.Generator:

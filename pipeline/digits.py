@@ -36,6 +36,11 @@ class Digits(Source):
         """The weak and strong views to train with."""
         return DigitsViews()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+        return 8, 8, 1
+
     def load(self, url: str, seed: int) -> Dataset:
         """The data set, which needs no `url`; ids are rows of scikit-learn's arrays."""
         if url:

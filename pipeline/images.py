@@ -49,16 +49,21 @@ def check_image(encoded: bytes, short_side: int | None = None) -> bytes:
 
     Not for threads: it holds back PIL's warnings, which are the whole process's.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on doubtful metadata and sizes, where only the pixels count
-        try:
-            return _checked(encoded, short_side)
-        except Rejected:
-            raise
-        except Image.DecompressionBombError:
-            raise Rejected(f"larger than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # PIL's decoders raise almost anything on damaged bytes
-            raise Rejected("truncated" if "truncated" in str(error).lower() else "damaged") from None
+    upright = _usable(encoded, short_side)
+    if upright is None:
+        return encoded
+    stored = io.BytesIO()
+    upright.save(stored, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+    return stored.getvalue()
+
+
+def read_image(encoded: bytes, short_side: int | None = None) -> np.ndarray:
+    """The pixels of the raw file `encoded`, HWC RGB uint8: what `check_image` stores, without the loss of storing.
+
+    Raises Rejected as it does, and is not for threads either.
+    """
+    upright = _usable(encoded, short_side)
+    return decode(encoded) if upright is None else np.asarray(upright)
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -77,7 +82,21 @@ def decode(encoded: bytes) -> np.ndarray:
     return image_HWC
 
 
-def _checked(encoded: bytes, short_side: int | None) -> bytes:
+def _usable(encoded: bytes, short_side: int | None) -> Image.Image | None:
+    # The image, upright and RGB, its shorter side ≤ `short_side`; None where that is just what its own bytes hold.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on doubtful metadata and sizes, where only the pixels count
+        try:
+            return _upright(encoded, short_side)
+        except Rejected:
+            raise
+        except Image.DecompressionBombError:
+            raise Rejected(f"larger than {MAX_PIXELS:,} pixels") from None
+        except Exception as error:  # PIL's decoders raise almost anything on damaged bytes
+            raise Rejected("truncated" if "truncated" in str(error).lower() else "damaged") from None
+
+
+def _upright(encoded: bytes, short_side: int | None) -> Image.Image | None:
     with _opened(encoded) as image:
         smaller = _shrunk(image.size, short_side)
         turn = _UPRIGHT.get(_orientation(image))
@@ -85,18 +104,14 @@ def _checked(encoded: bytes, short_side: int | None) -> bytes:
             # Both: PIL refuses a JPEG that ends early, which older OpenCV fills with grey; and the stream uses OpenCV.
             image.load()
             decode(encoded)
-            return encoded
+            return None
         # Of a JPEG libjpeg can decode a half, a quarter or an eighth of each side, and saves most of the time. What is
         # left to shrink has the sharpest filter without aliasing.
         image.draft(None, smaller)
         upright = _rgb(image)
         if smaller is not None:
             upright = upright.resize(smaller, Image.Resampling.LANCZOS)
-        if turn is not None:
-            upright = upright.transpose(turn)
-        stored = io.BytesIO()
-        upright.save(stored, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
-        return stored.getvalue()
+        return upright if turn is None else upright.transpose(turn)
 
 
 def _shrunk(size: tuple[int, int], short_side: int | None) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -62,6 +62,11 @@ class Shard:
     sha256: str
     per_class: tuple[int, ...]
 
+    @staticmethod
+    def of(said: Mapping[str, Any]) -> Shard:
+        """The shard that an index, in JSON, tells of."""
+        return Shard(**{**said, "per_class": tuple(said["per_class"])})
+
 
 @dataclass(frozen=True)
 class Index:
@@ -93,13 +98,18 @@ class Index:
         return json.dumps(asdict(self), indent=1)
 
 
-def write_shard(path: str, rows: Iterable[dict[str, Any]], classes: int) -> Shard | None:
-    """Write rows of SHARD_SCHEMA, all of one split, to the local file `path`; None where there are no rows."""
+def write_shard(
+    path: str, rows: Iterable[Mapping[str, Any]], classes: int, schema: pa.Schema = SHARD_SCHEMA
+) -> Shard | None:
+    """Write rows of `schema`, all of one split, to the local file `path`; None where there are no rows.
+
+    A schema of one's own begins with the columns of SHARD_SCHEMA.
+    """
     per_class, split = [0] * classes, ""
-    with pq.ParquetWriter(path, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as file:
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as file:
         left = iter(rows)
         while held := list(itertools.islice(left, ROW_GROUP)):
-            file.write_table(pa.Table.from_pylist(held, SHARD_SCHEMA))
+            file.write_table(pa.Table.from_pylist(held, schema))
             split = held[0]["split"]
             for row in held:
                 per_class[row["label"]] += 1
@@ -115,7 +125,7 @@ def read_index(url: str) -> Index:
     fs, path = storage.connect(url)
     try:
         said = json.loads(storage.read(fs, storage.join(path, NAME)))
-        shards = tuple(Shard(**{**shard, "per_class": tuple(shard["per_class"])}) for shard in said.pop("shards"))
+        shards = tuple(map(Shard.of, said.pop("shards")))
         return Index(shards=shards, **{**said, "class_names": tuple(said["class_names"])})
     except FileNotFoundError:
         raise InputError(
@@ -151,7 +161,13 @@ class Shards:
         return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def take(self, rows: np.ndarray) -> Examples:
-        """The examples at `rows`, in that order, with encoded images; each of their row groups is read once.
+        """The examples at `rows`, in that order, with encoded images. Raises InputError as `table` does."""
+        table = self.table(rows, ("id", "label", "image"))
+        label_N = table["label"].to_numpy().astype(np.int64)
+        return Examples(table["id"].to_numpy(), label_N, table["image"].combine_chunks())
+
+    def table(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Some columns of `rows`, in that order; each of their row groups is read once.
 
         Raises InputError for a shard that is missing or damaged.
         """
@@ -164,16 +180,18 @@ class Shards:
             footers = dict(zip(files, pool.map(lambda file: _footer(self.url, self.shards[file]), files), strict=True))
 
             def read(unit: np.ndarray) -> pa.Table:
-                return _read_row_group(self.url, self.shards[unit[0]], footers[unit[0]], int(unit[1]))
+                return _read_row_group(self.url, self.shards[unit[0]], footers[unit[0]], int(unit[1]), columns)
 
             tables = list(pool.map(read, units.T))
         start = np.cumsum([0, *(len(table) for table in tables[:-1])])
-        table = pa.concat_tables(tables).combine_chunks().take(pa.array(start[unit_N] + within_N % self.row_group))
-        label_N = table["label"].to_numpy().astype(np.int64)
-        return Examples(table["id"].to_numpy(), label_N, table["image"].combine_chunks())
+        return pa.concat_tables(tables).combine_chunks().take(pa.array(start[unit_N] + within_N % self.row_group))
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the data set's own lists call the images at `rows`. Raises InputError as `table` does."""
+        return self.table(rows, ("key",))["key"].to_pylist()
 
 
-def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int) -> pa.Table:
+def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int, names: Sequence[str]) -> pa.Table:
     # One request for one row group: Parquet's own reader would send several, and retry none.
     fs, path = storage.connect(url)
     path = storage.join(path, shard.name)
@@ -182,9 +200,7 @@ def _read_row_group(url: str, shard: Shard, footer: pq.FileMetaData, number: int
         start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
         size = sum(column.total_compressed_size for column in columns)
         window = _Window(storage.read(fs, path, start, start + size), start, shard.bytes)
-        return pq.ParquetFile(window, metadata=footer, pre_buffer=False).read_row_group(
-            number, ["id", "label", "image"]
-        )
+        return pq.ParquetFile(window, metadata=footer, pre_buffer=False).read_row_group(number, list(names))
 
 
 def _footer(url: str, shard: Shard) -> pq.FileMetaData:
@@ -261,6 +277,11 @@ class Sharded(Source):
     def views(self) -> PhotoViews:
         """The weak and strong views to train with."""
         return PhotoViews(self.policy, self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and C of the images that the network sees."""
+        return self.size, self.size, 3
 
     def load(self, url: str, seed: int) -> Dataset:
         """The data set whose index is at `url`; the probe is read into memory as it is stored."""

@@ -11,31 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline import command, compute, storage
+from pipeline import command, job, storage
 from pipeline.dataset import InputError
 from pipeline.images import Rejected, check_image
-from pipeline.index import NAME, Index, Shard, read_index, write_shard
+from pipeline.index import Index
+from pipeline.job import Progress, Record
 from pipeline.layout import Layout, Listing
-from pipeline.raw import FETCHERS, fetch
+from pipeline.raw import fetch
 
-WORK = "_unfinished"  # folder of records: the shard that a record names is whole
 SHARD_ROWS = 2048  # 50 MB of 256-px JPEGs: a few thousand files for millions of images
 RUN_ROWS = 256  # of a Parquet source that stay together: each of its row groups is read by few tasks
 EXAMPLES = 5  # rejected images named when there are too many
-LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
 
 REJECTED_SCHEMA = pa.schema([("id", pa.int64()), ("key", pa.string()), ("split", pa.string()), ("reason", pa.string())])
 
@@ -72,19 +67,24 @@ def ingest(layout: Layout, url: str, options: Options, console: Console | None =
         console.print(f"{finding.level}: {finding.what}: {finding.mend}", highlight=False, soft_wrap=True)
     tasks = plan_shards(listing.table)
     made_of = _digest(tasks, listing, layout, options)
-    fs, out = storage.connect(options.out)
-    if storage.exists(fs, storage.join(out, NAME)):
-        index = read_index(options.out)
-        _same(index.made_of, made_of, options.out)
+    if index := job.whole(options.out, made_of):
         console.print(f"{options.out} is whole already: {_told(index)}", highlight=False, soft_wrap=True)
         return index
-    done = _records(fs, out)
+    done = job.records(options.out, made_of)
     if done:
-        _same(done[0]["made_of"], made_of, options.out)
         console.print(f"{len(done):,} of {len(tasks):,} shards are done in {options.out}", highlight=False)
-    _make({name: task for name, task in tasks.items() if name not in {record["name"] for record in done}},
-          done, made_of, len(listing.class_names), options, console)  # fmt: skip
-    index = _finish(fs, out, tasks, listing, layout, made_of, options)
+    _make(tasks, done, made_of, len(listing.class_names), options, console)
+    rejected = [each for name in tasks for each in done[name]["rejected"]]
+    _write_rejected(rejected, options.out)
+    index = Index(
+        dataset=layout.name,
+        made_of=made_of,
+        class_names=listing.class_names,
+        shards=job.shards_of(tasks, done),
+        rejected=len(rejected),
+        options={**asdict(layout), "short_side": options.short_side},  # type: ignore[call-overload]
+    )
+    job.seal(options.out, index)
     console.print(f"{options.out}: {_told(index)}", highlight=False, soft_wrap=True)
     return index
 
@@ -123,62 +123,24 @@ def _digest(tasks: dict[str, pa.Table], listing: Listing, layout: Layout, option
     return digest.hexdigest()
 
 
-def _same(there: str, wanted: str, out: str) -> None:
-    if there != wanted:
-        raise InputError(f"{out} holds shards of other data or options: choose another --out, or remove that folder")
-
-
 def _make(
-    tasks: dict[str, pa.Table],
-    done: list[dict[str, Any]],
-    made_of: str,
-    classes: int,
-    options: Options,
-    console: Console,
+    tasks: dict[str, pa.Table], done: dict[str, Record], made_of: str, classes: int, options: Options, console: Console
 ) -> None:
-    """Make the shards of `tasks`, as a Ray Data job; raises InputError once too many images were rejected."""
-    total = sum(map(len, tasks.values())) + sum(record["listed"] for record in done)
-    rejected = [each for record in done for each in record["rejected"]]
+    """Make the shards that are not `done`, and add their records; raises InputError once too many were rejected."""
+    total, before = sum(map(len, tasks.values())), sum(record["listed"] for record in done.values())
+    rejected = [each for record in done.values() for each in record["rejected"]]
     _require_few(rejected, total, options)
-    if not tasks:
+    left = [
+        task.append_column("name", pa.array([name] * len(task))) for name, task in tasks.items() if name not in done
+    ]
+    if not left:
         return
-    compute.join()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.execution_options.label_selector = compute.data_nodes()
-    context.raise_original_map_exception = True  # so that `_rows` finds what a task raised
-    named = [task.append_column("name", pa.array([name] * len(task))) for name, task in tasks.items()]
-    made = ray.data.from_arrow(named).map_batches(
-        make_shard,
-        fn_args=(options.out, options.short_side, made_of, classes),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("images", total=total, completed=sum(record["listed"] for record in done), text="")
-        started, seen, told = time.monotonic(), 0, time.monotonic()
-        for row in _rows(made):
-            seen += row["listed"]
-            rejected += json.loads(row["rejected"])
-            speed = seen / (time.monotonic() - started)
-            text = f"{speed:.0f} img/s, {len(rejected):,} rejected"
-            progress.update(bar, advance=row["listed"], text=text)
-            if not console.is_terminal and time.monotonic() - told > LOG_EVERY:
-                told = time.monotonic()
-                left = (total - progress.tasks[0].completed) / speed
-                done_now = f"{progress.tasks[0].completed:,.0f} of {total:,} images"
-                console.print(f"{done_now}, {text}, {left // 60:.0f}:{left % 60:02.0f} left", highlight=False)
+    with Progress(total, before, console) as progress:
+        for record in job.make(left, make_shard, (options.out, options.short_side, made_of, classes)):
+            done[record["name"]] = record
+            rejected += record["rejected"]
+            progress.advance(record["listed"], f"{len(rejected):,} rejected")
             _require_few(rejected, total, options)
-
-
-def _rows(made: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    # What a task raised, without Ray's wrapping, so that a person reads one line.
-    try:
-        yield from made.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (InputError, OSError)) else error from None
 
 
 def _require_few(rejected: list[dict[str, Any]], total: int, options: Options) -> None:
@@ -191,11 +153,7 @@ def _require_few(rejected: list[dict[str, Any]], total: int, options: Options) -
 
 
 def make_shard(task: pa.Table, out: str, short_side: int, made_of: str, classes: int) -> pa.Table:
-    """Write one shard and its record; returns one row: how many images were listed, and the rejected ones as JSON.
-
-    The record is written last: without it the shard does not count.
-    """
-    name = task["name"][0].as_py()
+    """Write one shard; returns its record: how many images were listed, and the rejected ones."""
     rejected: list[dict[str, Any]] = []
 
     def usable() -> Iterator[dict[str, Any]]:
@@ -206,15 +164,8 @@ def make_shard(task: pa.Table, out: str, short_side: int, made_of: str, classes:
             else:
                 yield {**row, "trusted": row["split"] != "train", "image": image}
 
-    fs, folder = storage.connect(out)
-    with tempfile.TemporaryDirectory() as scratch:
-        shard = write_shard(f"{scratch}/{name}", usable(), classes)
-        if shard:
-            storage.commit(fs, f"{scratch}/{name}", storage.join(folder, name))
-    record = {"name": name, "made_of": made_of, "listed": len(task), "rejected": rejected}
-    record["shard"] = asdict(shard) if shard else None
-    storage.write(fs, storage.join(folder, f"{WORK}/{name}.json"), json.dumps(record).encode())
-    return pa.table({"listed": [len(task)], "rejected": [json.dumps(rejected)]})
+    record = {"name": task["name"][0].as_py(), "made_of": made_of, "listed": len(task), "rejected": rejected}
+    return job.put(out, record, usable(), classes)
 
 
 def _checked(task: pa.Table, short_side: int) -> Iterator[bytes | Rejected]:
@@ -229,40 +180,11 @@ def _checked(task: pa.Table, short_side: int) -> Iterator[bytes | Rejected]:
             yield reason
 
 
-def _records(fs: Any, out: str) -> list[dict[str, Any]]:
-    # The records of finished shards.
-    folder = storage.join(out, WORK)
-    if not storage.exists(fs, folder):
-        return []
-    paths = storage.attempt(fs, folder, lambda: fs.ls(folder, detail=False))
-    paths = [path for path in paths if path.endswith(".parquet.json")]
-    with ThreadPoolExecutor(FETCHERS) as pool:
-        return [json.loads(data) for data in pool.map(lambda path: storage.read(fs, path), sorted(paths))]
-
-
-def _finish(
-    fs: Any, out: str, tasks: dict[str, pa.Table], listing: Listing, layout: Layout, made_of: str, options: Options
-) -> Index:
-    # The index comes last: it says that all is whole.
-    records = {record["name"]: record for record in _records(fs, out)}
-    missing = tasks.keys() - records.keys()
-    assert not missing, f"shards without a record: {sorted(missing)[:3]}"
-    rejected = [each for name in tasks for each in records[name]["rejected"]]
+def _write_rejected(rejected: list[dict[str, Any]], out: str) -> None:
+    fs, path = storage.connect(out)
     with tempfile.TemporaryDirectory() as scratch:
         pq.write_table(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), f"{scratch}/rejected.parquet")
-        storage.commit(fs, f"{scratch}/rejected.parquet", storage.join(out, "rejected.parquet"))
-    shards = [records[name]["shard"] for name in tasks if records[name]["shard"]]
-    index = Index(
-        dataset=layout.name,
-        made_of=made_of,
-        class_names=listing.class_names,
-        shards=tuple(Shard(**{**shard, "per_class": tuple(shard["per_class"])}) for shard in shards),
-        rejected=len(rejected),
-        options={**asdict(layout), "short_side": options.short_side},  # type: ignore[call-overload]
-    )
-    storage.write(fs, storage.join(out, NAME), index.as_json().encode())
-    fs.rm(storage.join(out, WORK), recursive=True)
-    return index
+        storage.commit(fs, f"{scratch}/rejected.parquet", storage.join(path, "rejected.parquet"))
 
 
 def _told(index: Index) -> str:

@@ -127,6 +127,22 @@ def _centre(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return image_HWC[top : top + height, left : left + width]
 
 
+def fitted(image_HWC: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A test view in the H, W and C that a network sees; it is changed only where it has others.
+
+    Views of small images are as large as these: one of another origin turns grey for a network of one channel, and its
+    central square is resized by area.
+    """
+    height, width, channels = shape
+    if channels == 1 and image_HWC.shape[2] == 3:
+        image_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY)[:, :, None]
+    if image_HWC.shape[:2] != (height, width):
+        short = min(image_HWC.shape[:2])
+        square = _centre(image_HWC, short, short)
+        image_HWC = cv2.resize(square, (width, height), interpolation=cv2.INTER_AREA).reshape(shape)
+    return image_HWC
+
+
 # ---- the views -------------------------------------------------------------------------------------------------------
 
 
@@ -176,14 +192,18 @@ class PhotoViews:
         changed = apply_policy(self.weak(image_HWC, rng), self.policy, IMAGENET_POLICY, rng)
         return weak, cutout(changed, _scaled(CUTOUT, self.size, PHOTO_SIZE), CUTOUT_FILL, rng)
 
+    @property
+    def short_side(self) -> int:
+        """To how many px a test view resizes the short side before it cuts out the centre: 256 for views of 224."""
+        return _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
+
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
         """The centre of the image, after its short side is resized to 256 px: uint8 SS3."""
         height, width, _ = image_HWC.shape
         short = min(height, width)
         # A banner loses its ends first: resized as a whole it would fill the memory.
         middle = _centre(image_HWC, min(height, BANNER * short), min(width, BANNER * short))
-        new_short = _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
-        resized = resize(middle, *(side * new_short // short for side in middle.shape[:2]))
+        resized = resize(middle, *(side * self.short_side // short for side in middle.shape[:2]))
         return np.ascontiguousarray(_centre(resized, self.size, self.size))
 
 

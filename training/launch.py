@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -27,7 +28,8 @@ from pipeline import compute, storage
 from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
-from training import checkpoint, networks, tracking
+from pipeline.tree import absolute
+from training import checkpoint, model_file, networks, tracking
 from training.loop import FAILURE, NOTES, Job, read_note, train
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
@@ -87,29 +89,33 @@ def _one_line(error: BaseException) -> str:
     return f"error: {error}"
 
 
-def run(recipe: Recipe, console: Console | None = None) -> Result:
+def run(recipe: Recipe, console: Console | None = None, until: int | None = None) -> Result:
     """Train as the recipe says, on embedded Ray or on the cluster that RAY_ADDRESS names.
 
+    With `until`, the end of a cycle, it stops after that many steps; called again, it goes on from there.
     Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
     """
-    console = console or Console()
+    console, stop = console or Console(), until or recipe.schedule.steps
+    if recipe.start_from:
+        recipe = replace(recipe, start_from=absolute(recipe.start_from))  # workers run in other folders
     folder = _run_folder(recipe)
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
     start, history = _resume_point(folder, recipe, dataset.digest, console)
+    if recipe.start_from and not start:
+        _check_start(recipe, dataset)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if start:
         console.print(
             f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
         )
-    if start == recipe.schedule.steps:
+    if start >= stop:
         return Result(folder, history, dataset)
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     views = recipe.dataset.views
-    view = views.test(dataset.probe.image(0))
     probe_group = recipe.probe_batch // recipe.groups
     plan = Plan(
         row_groups=dataset.train.row_groups,
@@ -118,14 +124,14 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
         group=recipe.group,
         probe=probe_group,
         start=0,
-        stop=recipe.schedule.steps,
-        chunk=chunk_of(recipe.group, view.nbytes * (2 + probe_group / recipe.group)),
+        stop=stop,
+        chunk=chunk_of(recipe.group, math.prod(recipe.dataset.shape) * (2 + probe_group / recipe.group)),
     )
     train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
     tests = {name: ray.put(test) for name, test in dataset.tests.items()}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
-    job = Job(recipe, plan, tests, view.shape[-1], dataset.class_names, folder, queue)
+    job = Job(recipe, plan, tests, dataset.class_names, folder, queue)
 
     def remaining() -> ray.data.Dataset:
         # Ray Train asks again at every start of the workers, who look for the same checkpoint.
@@ -135,7 +141,7 @@ def run(recipe: Recipe, console: Console | None = None) -> Result:
 
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(recipe.timeout)  # of Ray Train's own barriers
     use_gpu = _use_gpu(recipe, console)
-    filesystem, path = _ray_storage(folder)
+    filesystem, path = ray_storage(folder)
     trainer = TorchTrainer(
         train,
         train_loop_config={"job": job},
@@ -204,7 +210,7 @@ def _run_folder(recipe: Recipe) -> str:
     return folder
 
 
-def _ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
+def ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     """The run's folder as Ray Train wants it: URLs through fsspec, like everything else that is written there."""
     if "://" not in folder:
         return None, folder
@@ -236,6 +242,17 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
     return int(saved["step"]), saved["history"]
+
+
+def _check_start(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise InputError where the run to start from has another network or other classes."""
+    model = model_file.read(recipe.start_from)
+    model.require(dataset.class_names, recipe.data or recipe.name)
+    if model.recipe["network"] != recipe.network:
+        raise InputError(
+            f"{recipe.start_from} has trained {model.recipe['network']}, not {recipe.network}: "
+            "set --network to that, or start from another run"
+        )
 
 
 def _check_network(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""One training worker: its groups in, updates, and at every checkpoint a ledger file and the state out.
+"""One training worker: its groups in, updates, its rows of the ledger and, at every checkpoint, the state out.
 
 Shapes: B noisy examples of this worker, M probe examples, K classes, G noisy examples of a group.
 """
@@ -23,7 +23,7 @@ from pipeline import storage, stream
 from pipeline.dataset import InputError, Split
 from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group
-from training import checkpoint, networks
+from training import checkpoint, model_file, networks
 from training.evaluation import evaluate
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
@@ -53,7 +53,6 @@ class Job:
     recipe: Recipe
     plan: Plan  # from step 0
     tests: dict[str, ray.ObjectRef]
-    channels: int
     class_names: tuple[str, ...]
     folder: str  # the run's own, a local path or URL
     progress: Any  # a queue that the launching process reads
@@ -78,7 +77,8 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
         except Exception as error:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             mendable = isinstance(cause, (InputError, ValueError))
-            write_note(job.folder, FAILURE if mendable else LAST_ERROR, f"{cause}" if mendable else repr(cause))
+            told = str(cause).partition("\nFailed to ")[0] if mendable else repr(cause)  # Ray adds lines on retries
+            write_note(job.folder, FAILURE if mendable else LAST_ERROR, told)
             raise cause from None
 
 
@@ -110,11 +110,14 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     if recipe.precision == "float64":
         closing.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-    state = new_state(recipe, job.channels, len(job.class_names), world, device)
+    state = new_state(recipe, len(job.class_names), world, device)
     warnings: list[str] = []
     history = resume(state, job.folder, rank, world, warnings)
+    if recipe.start_from and not state.step:
+        state.load_weights(dict(model_file.read(recipe.start_from).weights))
     plan = replace(job.plan, start=state.step)
     ledger, monitor = Ledger(job.folder, rank), Monitor(len(job.class_names))
+    closing.callback(ledger.close)
     tracker = writer = None
     if rank == 0:
         if first_start:
@@ -175,7 +178,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
                 if problem := tracker.log(history[-1]):
                     warnings.append(problem)
                 job.progress.put_nowait(history[-1])
-                if state.step == recipe.schedule.steps:
+                if state.step == plan.stop:
                     export(state, job)  # before the last checkpoint: a run whose checkpoints say so is whole
         if keep:
             statistics = gather_statistics(state, workers)
@@ -188,14 +191,14 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
                 last_good = f"step {state.step}"
             else:
                 problem = problem or "no checkpoint was written: another worker could not write its rows of the ledger"
-                if state.step == recipe.schedule.steps:
+                if state.step == plan.stop:
                     raise InputError(problem)  # a run is not done before its ledger and checkpoint are
                 warnings.append(problem)
             kept_at = told_at = time.monotonic()  # neither is part of the training speed
             told_step, waited = state.step, 0.0
     if writer:
         problem = writer.wait()
-        if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [recipe.schedule.steps]:
+        if [commit.step for commit in checkpoint.commits(job.folder)][-1:] != [plan.stop]:
             raise InputError(problem)
         job.progress.put_nowait({**row, "warnings": [*warnings, *filter(None, [problem])]})
     return history
@@ -239,9 +242,9 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
     }
 
 
-def new_state(recipe: Recipe, channels: int, classes: int, workers: int, device: torch.device) -> TrainState:
+def new_state(recipe: Recipe, classes: int, workers: int, device: torch.device) -> TrainState:
     """The state before step 0, the same on every one of `workers`."""
-    model: nn.Module = networks.build(recipe.network, channels, classes, recipe.seed).to(device)
+    model: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
     if chunks > 1 or recipe.channels_last or recipe.precision == "bf16":
@@ -313,4 +316,4 @@ def export(state: TrainState, job: Job) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in state.inference_weights().items()}
     metadata = {"class_names": json.dumps(job.class_names), "recipe": json.dumps(publishable(job.recipe))}
     fs, path = storage.connect(job.folder)
-    storage.write(fs, storage.join(path, "model.safetensors"), to_bytes(weights, metadata))
+    storage.write(fs, storage.join(path, model_file.NAME), to_bytes(weights, metadata))

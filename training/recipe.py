@@ -1,6 +1,7 @@
 """A recipe is everything a run is: a frozen dataclass, changed from the command line, the same everywhere.
 
-A training script is a function that returns a recipe, and `parse`, by which the command line changes any field.
+A training script is a function that returns a recipe, and `parse`, by which the command line changes any field. What is
+found elsewhere, by a sweep or in a file, changes it in the same way: through `override`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import tyro
+import yaml
 
-from pipeline.dataset import Source
+from pipeline import storage
+from pipeline.cifar import Cifar
+from pipeline.dataset import InputError, Source
+from pipeline.digits import Digits
+from pipeline.index import Sharded
 from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
@@ -45,6 +51,8 @@ class Recipe:
     """Where the data set is: a local path or any fsspec URL, such as gs://bucket/folder."""
     storage: str = "runs"
     """Where runs are kept: a local path or a URL."""
+    start_from: str = ""
+    """Folder or URL of a finished run whose weights this one starts from: same network and classes, new schedule."""
     network: str = "wrn-28-10"
     """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name."""
     schedule: Schedule = field(default_factory=Schedule)
@@ -156,25 +164,116 @@ def tuned(objective: Objective, p: float, kl: float) -> Objective:
 
 
 def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:
-    """The recipe that the command line asks for: `recipe(method)`, then field by field.
+    """The recipe that the command line asks for: `recipe(method)`, then the fields of a file, then field by field.
 
     `--help` shows every field; a misspelt or impossible one ends the program with the reason and status 2.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="%(prog)s [--method METHOD] [OPTIONS]")
-    first.add_argument("--method", choices=METHODS, default="winnow", metavar="METHOD")
-    chosen, rest = first.parse_known_args(arguments)
+    chosen = preset(recipe, arguments)
+    return tyro.cli(
+        Recipe, default=chosen.recipe, args=chosen.rest, description=chosen.about, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+class Preset(NamedTuple):
+    """Where a command line starts from."""
+
+    method: str
+    recipe: Recipe
+    rest: list[str]  # arguments that neither --method nor --recipe took
+    about: str  # the text above the help
+
+
+def preset(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None) -> Preset:
+    """What --method and --recipe make of `recipe`; a mistake in them ends the program with status 2."""
+    first = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage="%(prog)s [--method METHOD | --recipe FILE] [OPTIONS]"
+    )
+    either = first.add_mutually_exclusive_group()
+    either.add_argument("--method", choices=METHODS, default="winnow", metavar="METHOD")
+    either.add_argument("--recipe", metavar="FILE")
+    chosen, rest = first.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        found = read_fields(chosen.recipe) if chosen.recipe else {}
+        method = found.pop("method", chosen.method)
+        if method not in METHODS:
+            raise InputError(f"{chosen.recipe} names the method {method!r}: choose one of {', '.join(METHODS)}")
+    except InputError as error:
+        first.error(str(error))
     about = (
         f"{(recipe.__doc__ or '').strip()}\n\n--method METHOD sets the objective before all else: {', '.join(METHODS)}."
+        "\n--recipe FILE sets it and some fields as a sweep found them, such as its best.yaml; a path or URL."
     )
-    return tyro.cli(
-        Recipe, default=recipe(chosen.method), args=rest, description=about, config=(tyro.conf.AvoidSubcommands,)
-    )
+    return Preset(method, override(recipe(method), found), rest, about)
+
+
+def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """`recipe` with fields changed by their dotted paths, as the flags of the same names do it.
+
+    An unknown path or an impossible value ends the program, as on the command line: with the reason, the closest name
+    and status 2.
+    """
+    flags = [word for path, value in fields.items() for word in (f"--{path}", *_words(value))]
+    return tyro.cli(Recipe, default=recipe, args=flags, config=(tyro.conf.AvoidSubcommands,))
+
+
+def difference(recipe: Recipe, from_: Recipe) -> dict[str, Any]:
+    """The fields, by dotted path, that make `recipe` of `from_` through `override`; both of one data set and method."""
+
+    def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if not dataclasses.is_dataclass(value):
+            yield path, value
+            return
+        for each in dataclasses.fields(value):
+            yield from leaves(getattr(value, each.name), f"{path}.{each.name}" if path else each.name)
+
+    before = dict(leaves(from_, ""))
+    return {path: value for path, value in leaves(recipe, "") if value != before[path]}
+
+
+def _words(value: Any) -> Iterator[str]:
+    # A float in full, so that a run from a file is to the bit the run of the sweep.
+    yield from (str(each) for each in value) if isinstance(value, (list, tuple)) else (str(value),)
+
+
+def read_fields(url: str) -> dict[str, Any]:
+    """Fields of a recipe by dotted path, and perhaps its method, from a YAML file; raises InputError for another."""
+    fs, path = storage.connect(url)
+    try:
+        held = yaml.safe_load(storage.read(fs, path))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {url}: a sweep writes its best.yaml when it ends") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{url} is no YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+        raise InputError(f"{url} holds no fields: it wants lines such as 'objective.p: 4.5'")
+    return held
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
-    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage")}
+    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
+
+
+def source_of(said: Mapping[str, Any]) -> Source:
+    """The data set of a recipe as plain data, such as recipe.json's `dataset`: the inverse of `as_json` there.
+
+    Raises InputError for a kind or field that is none.
+    """
+    kinds = {kind.__name__: kind for kind in (Cifar, Digits, Sharded)}
+    fields = dict(said)
+    try:
+        return _made(kinds[fields.pop("kind")], fields)
+    except (KeyError, TypeError) as error:
+        what = f"the recipe tells of a data set that is unknown here ({error})"
+        raise InputError(f"{what}: use the code it was made with") from None
+
+
+def _made(kind: Any, said: Mapping[str, Any]) -> Any:
+    # A frozen dataclass from plain data: nested ones are dicts, tuples are lists.
+    hints = get_type_hints(kind)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    nested = {name: _made(hints[name], value) for name, value in values.items() if isinstance(value, dict)}
+    return kind(**{**values, **nested})
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

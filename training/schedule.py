@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ class Schedule:
     def steps(self) -> int:
         """Steps of the whole run: the end of the last cycle."""
         return self.ends[-1]
+
+    def filling(self, steps: int) -> Schedule:
+        """Whole cycles that fill `steps`, but for rounding, with a first one as near as can be to this schedule's."""
+
+        def first_of(cycles: int) -> int:
+            return max(int(steps / replace(self, first_cycle=1).start(cycles)), 1)
+
+        cycles = 1
+        while first_of(cycles) > self.first_cycle:
+            cycles += 1
+        nearest = min((max(cycles - 1, 1), cycles), key=lambda count: abs(math.log(first_of(count) / self.first_cycle)))
+        return replace(self, first_cycle=first_of(nearest), cycles=nearest)
 
     def cycle(self, step: int) -> int:
         """The cycle that step `step` (from 0) belongs to, from 0."""

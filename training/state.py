@@ -69,6 +69,19 @@ class TrainState:
         """What `predict` uses, as one state dict for the model alone."""
         return {**self.model.state_dict(), **self.averaged}
 
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Start from another run's `inference_weights`, averaged parameters included; all else stays as it is.
+
+        Raises ValueError where they are of another network.
+        """
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"the weights to start from do not fit this network ({first})") from error
+        for name, value in self.averaged.items():
+            value.copy_(weights[name])
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads it back."""
         return {

@@ -299,6 +299,17 @@ def test_a_table_of_trusted_images_gives_them_labels(folder):
     }
 
 
+def test_lines_of_a_table_without_a_label_are_passed_over(folder):
+    columns = {"uri": [f"cat/{ODD[1]}", f"cat/{ODD[2]}"], "label": ["dog", " "], "given": ["cat", "cat"]}
+    (folder / "suggest.csv").write_bytes(table(columns))
+    listing = Custom(str(folder / "suggest.csv")).listing(str(folder))
+    assert {key: one for key, one in labelled(listing).items() if one[0] == "probe"} == {
+        f"cat/{ODD[1]}": ("probe", "dog")
+    }
+    (finding, _) = listing.findings  # and that no dog is trusted
+    assert (finding.level, finding.what) == ("note", f"1 images of {folder}/suggest.csv have no label yet")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dataset import Dataset, Examples, InputError, draw_probe
+from pipeline.dataset import Dataset, Examples, HeldOut, InputError, draw_probe
+from pipeline.digits import Digits
 
 
 def examples(ids: range, label: list[int], true: list[int] | None = None) -> Examples:
@@ -70,3 +71,37 @@ def test_draw_probe_is_balanced_sorted_and_repeatable(per_class, seed):
 def test_draw_probe_refuses_what_it_cannot_draw(per_class, message):
     with pytest.raises(InputError, match=message):
         draw_probe(np.array([0, 0, 0, 1, 1]), 2, per_class, np.random.default_rng(0))
+
+
+def trusted(per_class: list[int]) -> Dataset:
+    label = [k for k, count in enumerate(per_class) for _ in range(count)]
+    return replace(good(), probe=examples(range(100, 100 + len(label)), label), class_names=("ant", "bee", "cat"))
+
+
+@given(st.lists(st.integers(2, 150), min_size=3, max_size=3), st.integers(0, 120), st.integers(0, 100))
+def test_held_out_examples_are_trusted_ones_that_train_nothing(per_class, wanted, seed):
+    data, expected = trusted(per_class), wanted or min(min(per_class) // 2, 50)
+    if expected >= min(per_class):
+        with pytest.raises(InputError, match="too few to hold out"):
+            data.held_out(wanted, seed)
+        return
+    held = data.held_out(wanted, seed)
+    (validation,) = held.tests.values()
+    assert list(held.tests) == ["validation"]
+    assert np.bincount(validation.label_N).tolist() == [expected] * 3
+    assert sorted([*held.probe.id_N, *validation.id_N]) == data.probe.id_N.tolist()
+    assert held.train is data.train
+    assert held.digest == data.held_out(wanted, seed).digest
+
+
+def test_one_trusted_example_of_a_class_validates_nothing():
+    with pytest.raises(InputError, match="a class has 1 trusted examples, too few to hold out 1"):
+        good().held_out(0, 0)
+
+
+def test_held_out_wraps_a_source():
+    source = HeldOut(Digits(probe_per_class=4), per_class=1)
+    held, plain = source.load("", 3), Digits(probe_per_class=4).load("", 3)
+    assert (len(held.tests["validation"]), len(held.probe)) == (10, 30)
+    assert set(held.tests["validation"].id_N) < set(plain.probe.id_N)
+    assert source.views == Digits().views

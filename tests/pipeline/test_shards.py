@@ -17,8 +17,9 @@ from pipeline import shards, storage
 from pipeline.dataset import InputError
 from pipeline.images import decode
 from pipeline.index import ROW_GROUP, read_index
+from pipeline.job import WORK
 from pipeline.layout import Layout, Listing, rows, settle
-from pipeline.shards import SHARD_ROWS, WORK, Options, ingest, make_shard, plan_shards
+from pipeline.shards import SHARD_ROWS, Options, ingest, make_shard, plan_shards
 
 SPLITS = {"train": 60, "probe": 9, "test": 21}
 

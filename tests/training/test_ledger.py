@@ -1,3 +1,4 @@
+import threading
 import uuid
 
 import fsspec
@@ -5,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import storage
+from pipeline.dataset import InputError
 from training import ledger
 from training.ledger import Ledger
 from training.objectives.interface import Coefficients
@@ -92,3 +95,91 @@ def test_an_empty_folder_says_so(folder):
     Ledger(folder, 0).flush()
     with pytest.raises(FileNotFoundError, match="holds no ledger"):
         ledger.read(folder)
+
+
+# ---- between checkpoints ---------------------------------------------------------------------------------------------
+
+
+def steps_of(folder: str) -> list[tuple[int, int]]:
+    return [(part.first, part.last) for part in ledger.parts(folder)]
+
+
+def test_rows_are_written_while_training_goes_on(folder, monkeypatch):
+    monkeypatch.setattr(ledger, "PART_ROWS", 6)
+    rows = Ledger(folder, 0)
+    for step in range(5):
+        rows.add(step, *step_rows(step))
+        assert rows.rows == len(rows.known) * 3 < 6
+    rows.close()
+    assert steps_of(folder) == [(0, 1), (2, 3)]  # step 4 was not asked for, and is lost with its worker
+    assert ledger.read(folder)["id"].to_pylist() == [100 * step + i for step in range(4) for i in range(3)]
+
+
+def test_a_flush_leaves_no_row_behind(folder, monkeypatch):
+    monkeypatch.setattr(ledger, "PART_ROWS", 6)
+    rows = Ledger(folder, 0)
+    for step in range(5):
+        rows.add(step, *step_rows(step))
+    assert rows.flush() == ""
+    assert steps_of(folder) == [(0, 1), (2, 3), (4, 4)]
+    ledger.forget(folder, 2)
+    assert steps_of(folder) == [(0, 1)]
+
+
+def test_training_waits_for_storage_that_is_slower(folder, monkeypatch):
+    monkeypatch.setattr(ledger, "PART_ROWS", 3)
+    write, may_go_on = storage.write, threading.Event()
+    monkeypatch.setattr(storage, "write", lambda *what: may_go_on.wait() and write(*what))
+    rows, added = Ledger(folder, 0), []
+
+    def train() -> None:
+        for step in range(4):
+            rows.add(step, *step_rows(step))
+            added.append(step)
+
+    training = threading.Thread(target=train)
+    training.start()
+    training.join(0.3)
+    assert training.is_alive()
+    assert added == [0]  # its part is on the way, and the next one waits
+    may_go_on.set()
+    training.join()
+    rows.flush()
+    assert steps_of(folder) == [(step, step) for step in range(4)]
+
+
+class Full:
+    """Storage that refuses its first `refusals` writes, some of which it has carried out all the same."""
+
+    def __init__(self, refusals: int, *, landed: bool) -> None:
+        self.write, self.refusals, self.landed = storage.write, refusals, landed
+
+    def __call__(self, fs, path, data) -> None:
+        self.refusals -= 1
+        if self.refusals < 0 or self.landed:
+            self.write(fs, path, data)
+        if self.refusals >= 0:
+            raise InputError(f"cannot use {path} (No space left on device): free some space there")
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_parts_that_storage_refused_are_written_later_and_once(folder, monkeypatch, landed):
+    monkeypatch.setattr(ledger, "PART_ROWS", 3)
+    monkeypatch.setattr(storage, "write", Full(4, landed=landed))
+    rows = Ledger(folder, 0)
+    for step in range(3):
+        rows.add(step, *step_rows(step))
+    assert rows.flush().startswith("ledger rows of steps 0 to 0 are held back: cannot use")
+    assert rows.flush() == ""
+    assert ledger.read(folder)["id"].to_pylist() == [100 * step + i for step in range(3) for i in range(3)]
+
+
+def test_rows_do_not_pile_up_without_limit(folder, monkeypatch):
+    monkeypatch.setattr(ledger, "PART_ROWS", 3)
+    monkeypatch.setattr(ledger, "MOST_PARTS", 5)
+    monkeypatch.setattr(storage, "write", Full(99, landed=False))
+    rows = Ledger(folder, 0)
+    for step in range(6):
+        rows.add(step, *step_rows(step))
+    with pytest.raises(InputError, match=r"rows of steps 0 to 0 are held back: .*No space left"):
+        rows.add(6, *step_rows(6))

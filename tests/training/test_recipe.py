@@ -7,12 +7,16 @@ import sys
 
 import pytest
 
+from pipeline.cifar import Cifar
+from pipeline.dataset import InputError
 from pipeline.digits import Digits
+from pipeline.index import Sharded
+from pipeline.noise import Noise
 from training.objectives.ieg import Ieg, ablation, paper, reference
 from training.objectives.interface import Objective
 from training.objectives.reweight import Reweight
 from training.objectives.supervised import Supervised
-from training.recipe import METHODS, Recipe, as_json, parse, tuned
+from training.recipe import METHODS, Recipe, as_json, difference, override, parse, source_of, tuned
 
 TABLE_9 = [f"M-{number}" for number in range(1, 11)]
 
@@ -207,6 +211,25 @@ def test_as_json_is_plain_and_names_its_kinds(method):
     assert set(data) == {field.name for field in dataclasses.fields(Recipe)}
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Digits(noise=Noise("uniform", 0.3), probe_per_class=2),
+        Cifar(classes=100, noise=Noise("labels", source="labels.npz:worse"), policy="none", size=16, limit=40),
+        Sharded("webvision", evaluate=("imagenet", "val"), size=128),
+    ],
+)
+def test_a_data_set_comes_back_from_recipe_json(dataset):
+    said = as_json(dataclasses.replace(recipe("winnow"), dataset=dataset))["dataset"]
+    assert source_of(json.loads(json.dumps(said))) == dataset
+
+
+@pytest.mark.parametrize("said", [{"kind": "Elsewhere"}, {"kind": "Digits", "rows": 3}, {}])
+def test_a_data_set_that_is_unknown_here_is_refused(said):
+    with pytest.raises(InputError, match=r"the recipe tells of a data set that is unknown here .*: use the code"):
+        source_of(said)
+
+
 def test_supervised_has_one_field():
     assert [field.name for field in dataclasses.fields(Supervised)] == ["average_parameters"]
     assert not math.isnan(Ieg().p)
@@ -254,3 +277,42 @@ def test_workers_are_a_number_or_a_range():
     made = parse(recipe, ["--workers", "1", "4", "--batch", "96", "--group", "8", "--probe-batch", "96"])
     assert (made.workers, made.least_workers, made.most_workers) == ((1, 4), 1, 4)
     assert made.least_workers <= made.most_workers
+
+
+def test_override_is_the_command_line():
+    fields = {"objective.p": 1 / 3, "schedule.first_cycle": 30, "workers": (1, 2), "objective.lookahead_lr": None}
+    made = override(recipe("winnow"), fields)
+    flags = ["--objective.p", repr(1 / 3), "--schedule.first-cycle", "30", "--workers", "1", "2"]
+    assert made == parse(recipe, [*flags, "--objective.lookahead-lr", "None"])
+    assert difference(made, recipe("winnow")) == fields
+    assert override(recipe("winnow"), {}) == recipe("winnow")
+
+
+def test_a_file_of_fields_comes_before_the_flags(tmp_path):
+    file = tmp_path / "best.yaml"
+    file.write_text("method: reference\nobjective.p: 3.5\nschedule.lr: 0.05\nworkers: [1, 2]\n")
+    made = parse(recipe, ["--recipe", str(file), "--schedule.lr", "0.2"])
+    assert made.objective == dataclasses.replace(reference(), p=3.5)
+    assert (made.schedule.lr, made.workers) == (0.2, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("objective.kll: 3", "--objective.kl "),
+        ("method: winnnow", "names the method 'winnnow'"),
+        ("- 1", "holds no fields"),
+        ("a: [", "is no YAML"),
+        ("schedule.lr: fast", "schedule.lr"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_bad_file_of_fields_is_refused(tmp_path, capsys, text, told):
+    file = tmp_path / "best.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert told in refusal(["--recipe", str(file)], capsys)
+
+
+def test_a_file_and_a_method_exclude_each_other(capsys):
+    assert "not allowed with" in refusal(["--recipe", "a.yaml", "--method", "paper"], capsys)

@@ -98,6 +98,18 @@ def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
     assert_same(run(short(tmp_path))[0], whole)
 
 
+def test_rows_written_since_the_last_checkpoint_are_forgotten(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "PART_ROWS", 100)  # a file a step
+    with monkeypatch.context() as patched:
+        killed(patched, loop, "update", 8)
+        with pytest.raises(Killed):
+            run(short(tmp_path))
+    assert [part.first for part in ledger.parts(f"{tmp_path}/run")] == list(range(7))
+    result, printed = run(short(tmp_path))
+    assert "6 of 16 steps are done" in printed
+    assert_same(result, whole)
+
+
 @pytest.mark.parametrize("harm", ["state.pt", "commit.json"])
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path, harm):
     folder = shutil.copytree(whole.folder, tmp_path / "run")

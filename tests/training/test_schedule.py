@@ -84,3 +84,23 @@ def test_whole_cycles_restart_high_and_end_at_the_floor(t_mul):
 def test_impossible_schedules_name_the_field_and_its_value(field, value):
     with pytest.raises(ValueError, match=rf"{field}.* {value}"):
         Schedule(**{field: value})
+
+
+@given(
+    first=st.integers(1, 500),
+    cycles=st.integers(1, 6),
+    t_mul=st.floats(1, 3),
+    steps=st.integers(1, 20_000),
+)
+def test_whole_cycles_fill_the_steps(first, cycles, t_mul, steps):
+    wished = Schedule(first_cycle=first, cycles=cycles, t_mul=t_mul)
+    filled = wished.filling(steps)
+    cycle_weights = Schedule(first_cycle=1, cycles=filled.cycles, t_mul=t_mul).start(filled.cycles)
+    assert filled.steps <= steps + 1 or filled.first_cycle == 1
+    assert filled.steps > steps - cycle_weights - 1  # one step more in the first cycle would be too many
+    assert (filled.lr, filled.t_mul, filled.m_mul) == (wished.lr, wished.t_mul, wished.m_mul)
+
+
+def test_a_schedule_fills_its_own_steps():
+    for made in (Schedule(), Schedule(first_cycle=57, cycles=3, t_mul=2), Schedule(first_cycle=10, cycles=7, t_mul=1)):
+        assert made.filling(made.steps) == made

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from pipeline.check import check
+from pipeline.clean import Request, clean
 from pipeline.clothing1m import Clothing1M
 from pipeline.custom import Custom
 from pipeline.dataset import InputError
@@ -25,6 +28,7 @@ from tests.pipeline import layouts
 from training import ledger
 from training.launch import run
 from training.objectives.ieg import winnow
+from training.objectives.supervised import Supervised
 from training.recipe import Recipe
 from training.schedule import Schedule
 
@@ -180,3 +184,28 @@ def test_a_run_resumes_on_the_same_data_only(tmp_path, local_ray):
     run(recipe, console)
     with pytest.raises(InputError, match=r"made with another checksum of the data: .* choose another --name"):
         run(replace(recipe, data=f"{tmp_path}/b"), console)
+
+
+def test_a_supervised_run_trains_on_cleaned_shards(tmp_path, local_ray):
+    """Every label but one is wrong to the audit; the run learns from the corrected ones, under the same ids."""
+    custom(f"{tmp_path}/raw")
+    console = Console(file=io.StringIO(), width=300)
+    index = ingest(Custom(), f"{tmp_path}/raw", Options(f"{tmp_path}/data"), console)
+    train = index.of(f"{tmp_path}/data", "train")
+    given = train.take(np.arange(len(train)))
+    right_N = (given.label_N + 1) % 3
+    ones = np.ones(len(train), np.float32)
+    doubt = {"quality": np.append(0 * ones[1:], 1), "weight": 0.1 * ones, "confidence": ones}
+    layouts.write(f"{tmp_path}/audited", {"recipe.json": b'{"dataset": {"kind": "Sharded"}}', "audit/.keep": b""})
+    audit = pa.table({"id": given.id_N, "label": given.label_N, "proposed": right_N, **doubt})
+    pq.write_table(audit, f"{tmp_path}/audited/audit/labels.parquet")
+    clean(Request(f"{tmp_path}/audited", f"{tmp_path}/data", f"{tmp_path}/clean"), console)
+
+    recipe = Recipe(
+        name="run", dataset=Sharded("custom", size=24), objective=Supervised(), data=f"{tmp_path}/clean",
+        storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=3, cycles=1), batch=6,
+        probe_batch=6, group=3, workers=0,
+    )  # fmt: skip
+    table = ledger.read(run(recipe, console).folder)
+    expected = dict(zip(given.id_N.tolist(), [*right_N[:-1].tolist(), int(given.label_N[-1])], strict=True))
+    assert dict(zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)) == expected

@@ -138,3 +138,22 @@ def test_a_checkpoint_without_a_part_is_refused():
     state = new_state(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"does not fit this recipe .*averaged"):
         state.load_state_dict({name: part for name, part in state.state_dict().items() if name != "averaged"})
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_run_starts_from_another_ones_weights_alone(problem, average):
+    other = new_state(problem.fresh().model, average=True)
+    update(other, Supervised(), problem.batch, lr=0.1, workers=Alone())
+    state = new_state(problem.fresh().model, average=average)
+    state.load_weights(other.inference_weights())
+    assert state.step == 0
+    assert not state.momentum_buffers()
+    torch.testing.assert_close(state.inference_weights(), other.inference_weights(), rtol=0, atol=0)
+    torch.testing.assert_close(dict(state.model.named_parameters()), other.averaged, rtol=0, atol=0)
+    update(state, Supervised(), problem.batch, lr=0.1, workers=Alone())  # into no memory that `other` holds
+    assert not any(torch.equal(value, other.averaged[name]) for name, value in state.model.named_parameters())
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(ValueError, match=r"weights to start from do not fit this network \(size mismatch"):
+        new_state(nn.Linear(3, 2)).load_weights(nn.Linear(4, 2).state_dict())

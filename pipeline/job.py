@@ -1,0 +1,155 @@
+"""What Ray Data jobs share: settings, progress, errors in one line, and records by which a killed job goes on.
+
+out/_unfinished/NAME.json    says that the shard NAME is whole, and what came of it; removed once all are
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray.data
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from pipeline import compute, storage
+from pipeline.dataset import InputError
+from pipeline.index import NAME, SHARD_SCHEMA, Index, Shard, read_index, write_shard
+from pipeline.raw import FETCHERS
+
+WORK = "_unfinished"  # folder of records
+LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
+
+# Of one shard: `name`, `made_of`, `listed` (images it was to hold), `shard` (as in the index; None where no image could
+# be used), and what else the job wants to know when it goes on.
+Record = dict[str, Any]
+T = TypeVar("T")
+
+
+class Progress:
+    """Images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
+
+    def __init__(self, total: int, done: int, console: Console) -> None:
+        self.total, self.before, self.console = total, done, console
+        self.started = self.told = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        )  # fmt: skip
+        self.bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("images", total=total, completed=done, text="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Tell that `count` more images are done; `note` follows the speed."""
+        done = self.bar.tasks[0].completed + count
+        speed = (done - self.before) / (time.monotonic() - self.started)
+        text = f"{speed:.0f} img/s" + (f", {note}" if note else "")
+        self.bar.update(self.task, advance=count, text=text)
+        if not self.console.is_terminal and time.monotonic() - self.told > LOG_EVERY:
+            self.told = time.monotonic()
+            left = (self.total - done) / max(speed, 1e-9)
+            told = f"{done:,.0f} of {self.total:,} images, {text}, {left // 60:.0f}:{left % 60:02.0f} left"
+            self.console.print(told, highlight=False)
+
+
+def settings(*, ordered: bool = False) -> None:
+    """Join the cluster, and set what all jobs of Ray Data need; `ordered` results come in the order of their inputs."""
+    compute.join()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = ordered
+    context.execution_options.label_selector = compute.data_nodes()
+    context.raise_original_map_exception = True  # so that `unwrapped` finds what a task raised
+
+
+def unwrapped(results: Iterable[T]) -> Iterator[T]:
+    """`results` of a job, where what a task raised comes without Ray's wrapping, so that a person reads one line."""
+    try:
+        yield from results
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause).splitlines()[0]) from None  # Ray adds lines on retries
+        raise error.cause if isinstance(error.cause, OSError) else error from None
+
+
+def whole(out: str, made_of: str) -> Index | None:
+    """The index of `out` where a job has ended there; raises InputError where that was another one."""
+    fs, path = storage.connect(out)
+    if not storage.exists(fs, storage.join(path, NAME)):
+        return None
+    index = read_index(out)
+    _require_same(index.made_of, made_of, out)
+    return index
+
+
+def records(out: str, made_of: str) -> dict[str, Record]:
+    """The records of finished shards in `out`, by name; raises InputError where they are of another job."""
+    fs, path = storage.connect(out)
+    folder = storage.join(path, WORK)
+    if not storage.exists(fs, folder):
+        return {}
+    paths = storage.attempt(fs, folder, lambda: fs.ls(folder, detail=False))
+    paths = [path for path in paths if path.endswith(".parquet.json")]
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        found = [json.loads(data) for data in pool.map(lambda path: storage.read(fs, path), sorted(paths))]
+    for record in found[:1]:
+        _require_same(record["made_of"], made_of, out)
+    return {record["name"]: record for record in found}
+
+
+def make(tasks: Iterable[pa.Table], work: Callable[..., pa.Table], arguments: Iterable[Any]) -> Iterator[Record]:
+    """The records that `work(task, *arguments)` returns by `put`, of each of `tasks` on the cluster, as they come."""
+    settings()
+    made = ray.data.from_arrow(list(tasks)).map_batches(
+        work, fn_args=arguments, batch_size=None, batch_format="pyarrow"
+    )
+    for row in unwrapped(made.iter_rows()):
+        yield json.loads(row["record"])
+
+
+def put(
+    out: str, record: Record, rows: Iterable[Mapping[str, Any]], classes: int, schema: pa.Schema = SHARD_SCHEMA
+) -> pa.Table:
+    """Write the shard that `record` names, then the record, without which it does not count; returns the record.
+
+    All rows are taken before the record is written: what they tell while they come may be part of it.
+    """
+    fs, folder = storage.connect(out)
+    name = record["name"]
+    with tempfile.TemporaryDirectory() as scratch:
+        shard = write_shard(f"{scratch}/{name}", rows, classes, schema)
+        if shard:
+            storage.commit(fs, f"{scratch}/{name}", storage.join(folder, name))
+    told = json.dumps({**record, "shard": asdict(shard) if shard else None})
+    storage.write(fs, storage.join(folder, f"{WORK}/{name}.json"), told.encode())
+    return pa.table({"record": [told]})
+
+
+def shards_of(names: Iterable[str], done: Mapping[str, Record]) -> tuple[Shard, ...]:
+    """The shards called `names` as an index lists them, without those that hold no image."""
+    return tuple(Shard.of(done[name]["shard"]) for name in names if done[name]["shard"])
+
+
+def seal(out: str, index: Index) -> None:
+    """Write the index, which says that all is whole, and remove the records."""
+    fs, path = storage.connect(out)
+    storage.write(fs, storage.join(path, NAME), index.as_json().encode())
+    storage.attempt(fs, path, lambda: fs.rm(storage.join(path, WORK), recursive=True))
+
+
+def _require_same(there: str, wanted: str, out: str) -> None:
+    if there != wanted:
+        raise InputError(f"{out} holds shards of other data or options: choose another --out, or remove that folder")

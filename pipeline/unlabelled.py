@@ -1,0 +1,107 @@
+"""Images to predict on, labelled or not: in shards, in folders and archives, or named by a table.
+
+Shapes: N images, H×W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.custom import Custom, images_at
+from pipeline.dataset import InputError, Source
+from pipeline.images import Rejected, decode, read_image
+from pipeline.index import NAME, Shards, read_index
+from pipeline.layout import rows
+from pipeline.raw import fetch
+from pipeline.views import fitted
+
+# Some of `Images.rows` → id, key and pixels (HWC RGB uint8) of each, or why there are none.
+Reader = Callable[[pa.Table], Iterator[tuple[int, str, np.ndarray | Rejected]]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """N images in a fixed order."""
+
+    rows: pa.Table  # one an image: what `read` must know of it
+    read: Reader
+    digest: str  # of which images they are
+    class_names: tuple[str, ...] = ()  # of shards
+
+
+def open_images(url: str, split: str, short_side: int) -> Images:
+    """The images at `url`: those of shards (of one `split`, or all where it is ""), or all there are by their names.
+
+    Images in a folder, an archive or a table become what ingest would store, so `short_side` means what it means there;
+    ids and keys are those of pipeline.custom.
+    Raises InputError where there are none, or what lists them cannot be read.
+    """
+    fs, path = storage.connect(url)
+    if storage.attempt(fs, path, lambda: fs.isdir(path)) and storage.exists(fs, storage.join(path, NAME)):
+        index = read_index(url)
+        if split and split not in index.splits:
+            raise InputError(f"{url} has no {split} set, only {', '.join(index.splits)}: change --split")
+        chosen = index.of(url, split) if split else Shards(url, index.shards, index.row_group)
+        # Every task is told of all shards: without their counts of a thousand classes.
+        shards = replace(chosen, shards=tuple(replace(shard, per_class=()) for shard in chosen.shards))
+        table = pa.table({"row": np.arange(len(shards))})
+        return Images(table, partial(_read_shards, shards=shards), shards.digest, index.class_names)
+    if split:
+        raise InputError(f"{url} holds no shards, so it has no {split} set: leave --split out")
+    keys, places = images_at(url)
+    place_of = dict(zip(keys, places, strict=True))  # what is listed twice is one image
+    if not place_of:
+        raise InputError(f"no images in {url}: give shards, a folder or archive of images, a .csv or .parquet")
+    table = rows(Custom.name, "", list(place_of), np.full(len(place_of), -1), list(place_of.values()))
+    digest = hashlib.sha256(f"{short_side}".encode())
+    for item in place_of.items():
+        digest.update(repr(item).encode())
+    return Images(table, partial(_read_files, short_side=short_side), digest.hexdigest())
+
+
+def views_of(some: pa.Table, read: Reader, source: Source) -> dict[str, np.ndarray]:
+    """What the network is evaluated on of some of `Images.rows`: image (uint8 N×H×W×C), id, key, place and rejected.
+
+    `rejected` is the reason why there is no image, "" where there is one; `place` is the row's own column.
+    """
+    cv2.setNumThreads(1)  # a task has one core
+    found = list(read(some))
+    image_NHWC = np.zeros((len(found), *source.shape), np.uint8)
+    for view_HWC, (_, _, image) in zip(image_NHWC, found, strict=True):
+        if not isinstance(image, Rejected):
+            view_HWC[:] = fitted(source.views.test(image), source.shape)
+    return {
+        "id": np.array([id_ for id_, _, _ in found], np.int64),
+        "key": np.array([key for _, key, _ in found], object),
+        "place": some["place"].to_numpy(),
+        "rejected": np.array([str(image) if isinstance(image, Rejected) else "" for *_, image in found], object),
+        "image": image_NHWC,
+    }
+
+
+def _read_files(some: pa.Table, short_side: int) -> Iterator[tuple[int, str, np.ndarray | Rejected]]:
+    for id_, key, raw in zip(some["id"].to_pylist(), some["key"].to_pylist(), fetch(some), strict=True):
+        yield id_, key, _pixels(partial(read_image, short_side=short_side or None), raw)
+
+
+def _read_shards(some: pa.Table, shards: Shards) -> Iterator[tuple[int, str, np.ndarray | Rejected]]:
+    table = shards.table(some["row"].to_numpy(), ("id", "key", "image"))
+    for id_, key, stored in zip(table["id"].to_pylist(), table["key"].to_pylist(), table["image"], strict=True):
+        yield id_, key, _pixels(decode, stored.as_buffer())
+
+
+def _pixels(read: Callable[[bytes], np.ndarray], encoded: bytes | Rejected) -> np.ndarray | Rejected:
+    if isinstance(encoded, Rejected):
+        return encoded
+    try:
+        return read(encoded)
+    except Rejected as reason:
+        return reason
