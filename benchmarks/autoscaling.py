@@ -7,7 +7,7 @@ of cluster/gcp.yaml: their labels, with one CPU each. The run trains a small net
 as those of photographs, so that one data actor is too few. Its last steps are slow: all their data are there, and data
 machines may leave before the run ends. A row of the table is a change in the number of machines.
 
-It takes about four minutes: Ray Data asks for more machines every 10 seconds, and counts new ones every 20.
+It takes two to four minutes: Ray Data asks for more machines every 10 seconds, and counts new ones every 20.
 """
 
 from __future__ import annotations

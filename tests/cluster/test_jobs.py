@@ -134,13 +134,13 @@ def cluster(storage) -> Iterator[Cluster]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def wait(enough: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+def wait(enough: Callable[[], bool], job: subprocess.Popen[str], every: float) -> None:
     """Return when there is enough; fails when the job ends, or never gets there."""
     started = time.monotonic()
     while not enough():
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() - started < PATIENCE
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def ended(job: subprocess.Popen[str]) -> str:
@@ -163,7 +163,7 @@ def test_a_run_on_the_machines_that_are_set_apart(cluster, bucket):
     folder = f"{runs}/webvision"
 
     stopped = cluster.submit(*train, working_dir=True, job="first")
-    wait(lambda: bool(checkpoint.commits(folder)), stopped)
+    wait(lambda: bool(checkpoint.commits(folder)), stopped, every=0.2)
     assert cluster.ask("/api/jobs/first/stop", post=True) == {"stopped": True}  # what `ray job stop first` says
     printed, _ = stopped.communicate(timeout=PATIENCE)
     assert "stopped; run the same command again to go on from the last checkpoint" in printed
@@ -171,7 +171,7 @@ def test_a_run_on_the_machines_that_are_set_apart(cluster, bucket):
 
     resumed = cluster.submit(*train, working_dir=False)
     names = ("images_per_second", "waiting_for_data", "trust", "zero_weights")
-    wait(lambda: all(f"ray_winnow_{name}{{" in cluster.metrics() for name in names), resumed)
+    wait(lambda: all(f"ray_winnow_{name}{{" in cluster.metrics() for name in names), resumed, every=0.5)
     printed = ended(resumed)
     done = int(re.search(rf"webvision: (\d+) of {STEPS} steps are done", printed)[1])
     assert 0 < done < STEPS
