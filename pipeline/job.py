@@ -37,8 +37,8 @@ class Progress:
     """Images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
-        self.total, self.before, self.console = total, done, console
-        self.started = self.told = time.monotonic()
+        self.total, self.console, self.told = total, console, time.monotonic()
+        self.first: tuple[float, float] | None = None  # when results began to come, and the images done then
         columns = (
             TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
         )  # fmt: skip
@@ -54,13 +54,15 @@ class Progress:
 
     def advance(self, count: int, note: str = "") -> None:
         """Tell that `count` more images are done; `note` follows the speed."""
-        done = self.bar.tasks[0].completed + count
-        speed = (done - self.before) / (time.monotonic() - self.started)
-        text = f"{speed:.0f} img/s" + (f", {note}" if note else "")
+        now, done = time.monotonic(), self.bar.tasks[0].completed + count
+        self.first = self.first or (now, done)  # until then workers were starting
+        images = done - self.first[1]
+        speed = images / max(now - self.first[0], 1e-9)
+        text = ", ".join(filter(None, [f"{speed:.0f} img/s" if images else "", note]))
         self.bar.update(self.task, advance=count, text=text)
-        if not self.console.is_terminal and time.monotonic() - self.told > LOG_EVERY:
-            self.told = time.monotonic()
-            left = (self.total - done) / max(speed, 1e-9)
+        if not self.console.is_terminal and now - self.told > LOG_EVERY and images:
+            self.told = now
+            left = (self.total - done) / speed
             told = f"{done:,.0f} of {self.total:,} images, {text}, {left // 60:.0f}:{left % 60:02.0f} left"
             self.console.print(told, highlight=False)
 
