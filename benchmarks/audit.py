@@ -150,7 +150,7 @@ def cross_validated(recipe: Recipe, dataset: Dataset, folds: int, steps: int) ->
         rows = np.flatnonzero(fold_N != fold)
         image_NHWC = np.concatenate([train.image_N[rows], probe.image_N])
         label_N = np.concatenate([train.label_N[rows], probe.label_N])
-        state = new_state(recipe, len(dataset.class_names), 1, torch.device("cpu"))
+        state = new_state(recipe, len(dataset.class_names), len(train), 1, torch.device("cpu"))
         order = np.concatenate([rng.permutation(len(label_N)) for _ in range(-(-steps * recipe.batch // len(label_N)))])
         for step in range(steps):
             chosen = order[step * recipe.batch : (step + 1) * recipe.batch]
@@ -166,7 +166,7 @@ def noisy_batch(weak_BHWC: np.ndarray, label_B: np.ndarray, classes: int) -> Bat
     """A batch for cross-entropy, which looks at the weak views alone."""
     weak_BCHW = normalised(torch.from_numpy(weak_BHWC))
     label = torch.from_numpy(label_B)
-    return Batch(weak_BCHW, weak_BCHW, label, weak_BCHW, label, (0,), classes)
+    return Batch(weak_BCHW, weak_BCHW, label, torch.arange(len(label)), weak_BCHW, label, (0,), classes)
 
 
 def predicted(state: TrainState, image_NHWC: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def predicted(state: TrainState, image_NHWC: np.ndarray) -> np.ndarray:
 
 def flops_of_a_step(recipe: Recipe, classes: int) -> int:
     """Floating-point operations of one step of the recipe's objective, counted by PyTorch."""
-    state = new_state(recipe, classes, 1, torch.device("cpu"))
+    state = new_state(recipe, classes, recipe.batch, 1, torch.device("cpu"))
     size = recipe.dataset.views.test(np.zeros((16, 16, 3), np.uint8)).shape[0]
     image = np.zeros((recipe.batch, size, size, 3), np.uint8)
     batch = noisy_batch(image, np.arange(recipe.batch) % classes, classes)

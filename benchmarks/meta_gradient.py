@@ -59,7 +59,8 @@ def prepare(network: str, size: int, batch: int, device: torch.device) -> Settin
             buffers[name].mul_(0.9).add_(gradient)
             parameters[name].data.sub_(0.05 * buffers[name])
     moment = Moment(0.1, 0.9, 5e-4, decayed=frozenset(buffers), momentum_buffers=buffers)
-    return model, Batch(weak_BCHW, weak_BCHW, label_B, probe_MCHW, probe_label_M, (0,), CLASSES), moment
+    row_B = torch.arange(batch, device=device)
+    return model, Batch(weak_BCHW, weak_BCHW, label_B, row_B, probe_MCHW, probe_label_M, (0,), CLASSES), moment
 
 
 def cast(setting: Setting, dtype: torch.dtype) -> Setting:

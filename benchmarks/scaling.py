@@ -97,6 +97,7 @@ def batch_of(held: Sequence[Group], plan: Plan) -> Batch:
         weak_BCHW=normalised(rows("image", 0, size)),
         strong_BCHW=normalised(rows("image", size, 2 * size)),
         label_B=rows("label", 0, size),
+        row_B=rows("row", 0, size),
         probe_MCHW=normalised(rows("image", 2 * size, None)),
         probe_label_M=rows("label", 2 * size, None),
         group_keys=tuple(key(plan.seed, Purpose.MIXUP, int(group["group"][0])) for group in held),

@@ -25,7 +25,7 @@ GREY = 128  # in place of an image that cannot be decoded
 REJECTED = Counter("winnow_rejected_images", "Images that could not be decoded and were trained on as plain grey")
 
 # V rows each, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
-# `label` and `epoch` (−1 for trusted images) are int64.
+# `label`, and `epoch` and `row` in the training set (−1 for trusted images) are int64.
 Group = Mapping[str, np.ndarray]
 
 
@@ -43,17 +43,18 @@ def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block
         trusted = shares[lane * plan.probe : (lane + 1) * plan.probe]
         rng = generator(plan.seed, Purpose.PROBE_VIEWS, group)
         seen = [views.weak(_image(probe, row, probe), rng) for row in trusted]
-        noisy = slice(rows.start, rows.stop)
+        noisy, none = slice(rows.start, rows.stop), np.full(plan.probe, -1)
         groups.append(
             {
                 "group": np.full(2 * plan.group + plan.probe, group),
                 "id": np.concatenate([held.id_N[noisy], held.id_N[noisy], probe.id_N[trusted]]),
                 "label": np.concatenate([held.label_N[noisy], held.label_N[noisy], probe.label_N[trusted]]),
-                "epoch": np.concatenate([epoch_SG[place], epoch_SG[place], np.full(plan.probe, -1)]),
+                "epoch": np.concatenate([epoch_SG[place], epoch_SG[place], none]),
+                "row": np.concatenate([row_SG[place], row_SG[place], none]),
                 "image": [weak for weak, _ in pairs] + [strong for _, strong in pairs] + seen,
             }
         )
-    columns = {name: np.concatenate([group[name] for group in groups]) for name in ("group", "id", "label", "epoch")}
+    columns = {name: np.concatenate([group[name] for group in groups]) for name in groups[0] if name != "image"}
     return {**columns, "image": np.stack([image for group in groups for image in group["image"]])}
 
 

@@ -110,7 +110,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     if recipe.precision == "float64":
         closing.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-    state = new_state(recipe, len(job.class_names), world, device)
+    state = new_state(recipe, len(job.class_names), job.plan.examples, world, device)
     warnings: list[str] = []
     history = resume(state, job.folder, rank, world, warnings)
     if recipe.start_from and not state.step:
@@ -143,7 +143,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             forget(job.folder, step)  # now that all is as it should be; others write no file before rank 0's first step
         batch = assemble(held, recipe, len(job.class_names), device)
         lr = recipe.schedule.learning_rate(step)
-        outcome = update(state, recipe.objective, batch, lr=lr, workers=workers)
+        outcome = update(state, recipe.objective, batch, lr=lr, workers=workers, steps=recipe.schedule.steps)
         known = {
             column: np.concatenate([group[column][: recipe.group] for group in held])
             for column in ("id", "epoch", "label")
@@ -242,20 +242,26 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
     }
 
 
-def new_state(recipe: Recipe, classes: int, workers: int, device: torch.device) -> TrainState:
-    """The state before step 0, the same on every one of `workers`."""
+def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device: torch.device) -> TrainState:
+    """The state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
     model: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
     if chunks > 1 or recipe.channels_last or recipe.precision == "bf16":
         model = Passes(model, chunks=chunks, dtype=dtype, channels_last=recipe.channels_last)
-    everything = frozenset(name for name, _ in model.named_parameters())
+    memory = recipe.objective.memory(model, examples, classes).to(device)
+
+    def decayed(module: nn.Module) -> frozenset[str]:
+        return frozenset(dict(module.named_parameters())) if recipe.decay == "all" else kernels(module)
+
     return TrainState(
         model,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
-        decayed=everything if recipe.decay == "all" else kernels(model),
+        decayed=decayed(model),
         average=recipe.objective.average_parameters,
+        memory=memory,
+        memory_decayed=decayed(memory),
     )
 
 
@@ -302,6 +308,7 @@ def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.devi
         weak_BCHW=normalised(on_device("image", weak)),
         strong_BCHW=normalised(on_device("image", strong)),
         label_B=on_device("label", weak),
+        row_B=on_device("row", weak),
         probe_MCHW=normalised(on_device("image", trusted)),
         probe_label_M=on_device("label", trusted),
         group_keys=tuple(key(recipe.seed, Purpose.MIXUP, int(group["group"][0])) for group in held),

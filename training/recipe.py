@@ -21,9 +21,23 @@ from pipeline.cifar import Cifar
 from pipeline.dataset import InputError, Source
 from pipeline.digits import Digits
 from pipeline.index import Sharded
+from training.objectives import bootstrap
+from training.objectives.cleannet import CleanNetWeights
+from training.objectives.co_teaching import CoTeaching
+from training.objectives.elr import Elr
+from training.objectives.forward import Forward
+from training.objectives.gce import Gce
+from training.objectives.glc import Glc
 from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
+from training.objectives.incv import Incv
 from training.objectives.interface import Objective
+from training.objectives.m_correction import MCorrection
+from training.objectives.mentornet import MentorNet
+from training.objectives.meta_label_correction import MetaLabelCorrection
+from training.objectives.meta_weight_net import MetaWeightNet
+from training.objectives.mixmatch import MixMatch, mixmatch_kl
 from training.objectives.reweight import Reweight
+from training.objectives.self_learning import SelfLearning
 from training.objectives.supervised import Supervised
 from training.schedule import Schedule
 
@@ -33,6 +47,22 @@ METHODS: dict[str, Callable[[], Objective]] = {
     "paper": paper,
     "supervised": Supervised,
     "reweight": Reweight,
+    "gce": Gce,
+    "bootstrap-soft": bootstrap.soft,
+    "bootstrap-hard": bootstrap.hard,
+    "forward": Forward,
+    "glc": Glc,
+    "mentornet": MentorNet,
+    "co-teaching": CoTeaching,
+    "cleannet": CleanNetWeights,
+    "m-correction": MCorrection,
+    "self-learning": SelfLearning,
+    "incv": Incv,
+    "mwn": MetaWeightNet,
+    "elr": Elr,
+    "mlc": MetaLabelCorrection,
+    "mixmatch": MixMatch,
+    "mixmatch-kl": mixmatch_kl,
     **{f"M-{number}": lambda number=number: ablation(number, reference()) for number in range(1, 11)},  # type: ignore[misc]
 }
 

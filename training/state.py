@@ -1,4 +1,7 @@
-"""Everything that changes while training: model, moving average, optimiser, step counter; to and from a plain dict."""
+"""Everything that changes while training: model, moving average, the objective's memory, optimiser, step counter.
+
+All of it goes to a plain dict and back.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,27 @@ def kernels(model: nn.Module) -> frozenset[str]:
 
 
 class TrainState:
-    """A model in training."""
+    """A model in training and its objective's memory; `decayed` and `memory_decayed` name what weight decay acts on."""
 
     def __init__(
-        self, model: nn.Module, *, momentum: float, weight_decay: float, decayed: frozenset[str], average: bool
+        self,
+        model: nn.Module,
+        *,
+        momentum: float,
+        weight_decay: float,
+        decayed: frozenset[str],
+        average: bool,
+        memory: nn.Module | None = None,
+        memory_decayed: frozenset[str] = frozenset(),
     ) -> None:
-        self.model = model
+        self.model, self.memory = model, nn.Module() if memory is None else memory
         self.momentum, self.weight_decay, self.decayed = momentum, weight_decay, decayed
         parameters = dict(model.named_parameters())
+        kept = dict(self.memory.named_parameters())
         decay = [value for name, value in parameters.items() if name in decayed]
+        decay += [value for name, value in kept.items() if name in memory_decayed]
         other = [value for name, value in parameters.items() if name not in decayed]
+        other += [value for name, value in kept.items() if name not in memory_decayed]
         groups = [
             {"params": decay, "weight_decay": weight_decay},
             {"params": other, "weight_decay": 0.0},
@@ -33,8 +47,12 @@ class TrainState:
         self.averaged = {name: value.detach().clone() for name, value in parameters.items()} if average else {}
         self.step = 0  # updates done
 
+    def trained(self) -> list[nn.Parameter]:
+        """All that the optimiser updates: the parameters of the model, then of the memory."""
+        return [*self.model.parameters(), *self.memory.parameters()]
+
     def momentum_buffers(self) -> dict[str, Tensor]:
-        """The optimiser's own velocity of each parameter, by name; empty before the first step."""
+        """The optimiser's own velocity of each of the model's parameters, by name; empty before the first step."""
         buffers = {}
         for name, value in self.model.named_parameters():
             velocity = self.optimizer.state.get(value, {}).get("momentum_buffer")
@@ -55,7 +73,7 @@ class TrainState:
 
     def finite(self) -> bool:
         """Whether every parameter is a number; a host sync."""
-        return all(bool(torch.isfinite(value).all()) for value in self.model.parameters())
+        return all(bool(torch.isfinite(value).all()) for value in self.trained())
 
     def predict(self, image_BCHW: Tensor) -> Tensor:
         """Logits, B×K, of the averaged parameters (where kept) with the live batch-norm statistics, in eval mode."""
@@ -88,6 +106,7 @@ class TrainState:
             "step": self.step,
             "model": self.model.state_dict(),
             "averaged": self.averaged,
+            "memory": self.memory.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -95,6 +114,7 @@ class TrainState:
         """The inverse of `state_dict`; raises ValueError where the checkpoint is of another network or recipe."""
         try:
             self.model.load_state_dict(saved["model"])
+            self.memory.load_state_dict(saved["memory"])
             self.optimizer.load_state_dict(saved["optimizer"])
             if saved["averaged"].keys() != self.averaged.keys():
                 raise ValueError("one keeps averaged parameters, the other does not")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -25,14 +25,14 @@ NOTES_SECONDS = 5.0  # to read where the others are, once an all-reduce has fail
 
 
 class WorkersError(RuntimeError):
-    """An all-reduce failed or timed out. One line: who waited, where, how long, and for whom."""
+    """A collective failed or timed out. One line: who waited, where, how long, and for whom."""
 
 
 @dataclass
 class Traffic:
-    """What one worker has reduced since it started."""
+    """What one worker has exchanged since it started."""
 
-    reductions: int = 0  # all-reduces
+    reductions: int = 0  # all-reduces and all-gathers
     bytes: int = 0  # of the tensors that went in
     seconds: float = 0.0  # in the calls, waiting for slower workers included; a GPU may go on after the call
 
@@ -94,14 +94,28 @@ class Processes:
             means += [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
         return means
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all workers in the order of ranks, equally many of each, counted like `all_reduce`."""
+        rows = tensor.detach().contiguous()
+        of_all = [torch.empty_like(rows) for _ in range(self.size)]
+        with self._counted(rows):
+            dist.all_gather(of_all, rows)
+        return torch.cat(of_all)
+
     def all_reduce(self, flat: Tensor) -> None:
         """Sum over the workers, in place, counted in `traffic`. Raises WorkersError."""
+        with self._counted(flat):
+            dist.all_reduce(flat)
+
+    @contextmanager
+    def _counted(self, sent: Tensor) -> Iterator[None]:
+        # Of a collective: count it, note that this worker has come to it, and say who has not where it fails.
         self.traffic.reductions += 1
-        self.traffic.bytes += flat.nbytes
+        self.traffic.bytes += sent.nbytes
         start = time.perf_counter()
         try:
             self._notes.set(_key(self.rank), f"{self.traffic.reductions} {self.step}")
-            dist.all_reduce(flat)
+            yield
         except RuntimeError as error:
             waited = time.perf_counter() - start
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -162,15 +176,26 @@ def gather_statistics(state: TrainState, workers: Workers) -> list[dict[str, Ten
     return of_all
 
 
-def update(state: TrainState, objective: Objective, batch: Batch, *, lr: float, workers: Workers) -> Outcome:
-    """One step of SGD on the workers' mean loss; `state` moves on by one step."""
+def update(
+    state: TrainState, objective: Objective, batch: Batch, *, lr: float, workers: Workers, steps: int = 1
+) -> Outcome:
+    """One step of SGD, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step."""
     if isinstance(workers, Processes):
         workers.step = state.step
-    moment = Moment(lr, state.momentum, state.weight_decay, state.decayed, state.momentum_buffers())
+    moment = Moment(
+        lr,
+        state.momentum,
+        state.weight_decay,
+        state.decayed,
+        state.momentum_buffers(),
+        step=state.step,
+        steps=steps,
+        memory=state.memory,
+    )
     state.optimizer.zero_grad(set_to_none=True)
     outcome = objective(state.model, batch, moment, workers)
     outcome.total.backward()
-    parameters = [value for value in state.model.parameters() if value.grad is not None]
+    parameters = [value for value in state.trained() if value.grad is not None]
     averaged = workers.mean([value.grad for value in parameters if value.grad is not None])
     for value, gradient in zip(parameters, averaged, strict=True):
         value.grad = gradient

@@ -62,7 +62,8 @@ def test_a_group_holds_both_views_of_its_rows_and_its_share_of_a_balanced_probe_
             np.testing.assert_array_equal(group["label"][:5], group["label"][5:10])
             np.testing.assert_array_equal(group["label"][:5], examples.label_N[group["id"][:5] // 10])
             np.testing.assert_array_equal(group["label"][10:], probe.label_N[group["id"][10:] - 1000])
-            assert set(group["epoch"][10:]) == {-1}
+            np.testing.assert_array_equal(group["row"][:10], group["id"][:10] // 10)
+            assert set(group["epoch"][10:]) == set(group["row"][10:]) == {-1}
             assert not np.array_equal(group["image"][:5], group["image"][5:10])
         trusted = np.concatenate([group["label"][10:] for group in of_step])
         assert sorted(np.bincount(trusted, minlength=10)) == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]

@@ -17,7 +17,7 @@ from training.state import kernels
 
 torch.set_num_threads(1)
 
-CLASSES, GROUPS = 5, 2
+CLASSES, GROUPS, EXAMPLES = 5, 2, 40
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def build_problem(
         weak_BCHW=weak_BCHW,
         strong_BCHW=weak_BCHW + 0.5 * images(noisy),
         label_B=labels(noisy),
+        row_B=torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(7))[:noisy],
         probe_MCHW=images(probe),
         probe_label_M=labels(probe),
         group_keys=(11, 2**100 + 5),

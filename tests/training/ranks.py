@@ -21,10 +21,12 @@ from training.objectives.ieg import paper, reference, winnow
 from training.objectives.interface import Alone, Batch
 from training.objectives.reweight import Reweight
 from training.objectives.supervised import Supervised
-from training.state import TrainState
+from training.recipe import METHODS
+from training.state import TrainState, kernels
 from training.step import Processes, WorkersError, update
 
 CLASSES, GROUPS, GROUP, PROBE, STEPS = 4, 4, 4, 3, 4
+EXAMPLES = 40  # of the training set: an epoch is 2.5 steps, and a batch can have a row twice
 TIMEOUT = 3.0  # s, of an all-reduce in `lose`
 LOST_AT, REDUCTIONS = 2, 7  # the step at which a worker is lost in `lose`, and the all-reduces of each step there
 LOSSES = {  # how which worker is lost, and before which all-reduce of the step
@@ -34,6 +36,10 @@ LOSSES = {  # how which worker is lost, and before which all-reduce of the step
     "rank 0 killed": ("killed", 0, 2),
     "rank 0 frozen": ("frozen", 0, 2),
 }
+BASELINES = (
+    "gce", "bootstrap-soft", "bootstrap-hard", "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction",
+    "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch", "mixmatch-kl",
+)  # fmt: skip
 GLOBAL = {
     "supervised": Supervised(),
     "reweight": Reweight(),
@@ -44,6 +50,7 @@ GLOBAL = {
     "second_order": replace(reference(), engine="second_order"),
     "second_order of paper": replace(paper(), engine="second_order"),
     "second_order of reweight": Reweight(engine="second_order"),
+    **{name: METHODS[name]() for name in BASELINES},
 }
 CASES = {
     **{name: (objective, torch.float64) for name, objective in GLOBAL.items()},
@@ -57,7 +64,8 @@ def batch_of(step: int, rank: int, world: int, dtype: torch.dtype) -> Batch:
     rng = torch.Generator().manual_seed(100 + step)
     weak = torch.randn(GROUPS, GROUP, 3, 8, 8, generator=rng, dtype=torch.float64)
     strong = weak + 0.5 * torch.randn(weak.shape, generator=rng, dtype=torch.float64)
-    label = torch.randint(CLASSES, (GROUPS, GROUP), generator=rng)
+    row = torch.randint(EXAMPLES, (GROUPS, GROUP), generator=rng)
+    label = (row * row + row // 3) % CLASSES
     probe = torch.randn(GROUPS, PROBE, 3, 8, 8, generator=rng, dtype=torch.float64)
     probe_label = torch.randint(CLASSES, (GROUPS, PROBE), generator=rng)
     mine = list(range(rank, GROUPS, world))
@@ -65,6 +73,7 @@ def batch_of(step: int, rank: int, world: int, dtype: torch.dtype) -> Batch:
         weak_BCHW=weak[mine].flatten(0, 1).to(dtype),
         strong_BCHW=strong[mine].flatten(0, 1).to(dtype),
         label_B=label[mine].flatten(),
+        row_B=row[mine].flatten(),
         probe_MCHW=probe[mine].flatten(0, 1).to(dtype),
         probe_label_M=probe_label[mine].flatten(),
         group_keys=tuple(1000 * step + group for group in mine),
@@ -75,29 +84,33 @@ def batch_of(step: int, rank: int, world: int, dtype: torch.dtype) -> Batch:
 def new_state(objective, dtype: torch.dtype) -> TrainState:
     """The same on every worker."""
     model = networks.build("wrn-10-1:group", 3, CLASSES, seed=1).to(dtype)
+    memory = objective.memory(model, EXAMPLES, CLASSES)
     return TrainState(
         model,
         momentum=0.9,
         weight_decay=0.01,
         decayed=frozenset(name for name, _ in model.named_parameters()),
         average=objective.average_parameters,
+        memory=memory,
+        memory_decayed=kernels(memory),
     )
 
 
 def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:
-    """Parameters, averages, every step's coefficients and total, and the traffic, after STEPS steps."""
+    """Parameters, averages, memory, every step's coefficients and total, and the traffic, after STEPS steps."""
     state = new_state(objective, dtype)
     workers = Processes() if world > 1 else Alone()
     said, totals = [], []
     for step in range(STEPS):
         batch = batch_of(step, rank, world, dtype)
-        outcome = update(state, objective, batch, lr=0.05, workers=workers)
+        outcome = update(state, objective, batch, lr=0.05, workers=workers, steps=STEPS)
         said.append(dict(vars(outcome.coefficients)))
         totals.append(outcome.total.item())
     parameters = {name: value.detach() for name, value in state.model.named_parameters()}
     traffic = dict(vars(workers.traffic)) if world > 1 else {}
     return {
-        "parameters": parameters, "averaged": state.averaged, "said": said, "totals": totals, "traffic": traffic,
+        "parameters": parameters, "averaged": state.averaged, "memory": dict(state.memory.state_dict()), "said": said,
+        "totals": totals, "traffic": traffic,
     }  # fmt: skip
 
 
@@ -134,6 +147,15 @@ def check_buckets(rank: int) -> dict:
     lone = torch.tensor([1.0 + rank])
     return {**found, "mixed": Processes().mean(mixed), "lone": Processes().mean([lone]), "kept": [*mixed, lone],
             "none": Processes().mean([])}  # fmt: skip
+
+
+def check_gather(rank: int) -> dict:
+    """What Processes.gather makes of tensors of several shapes and kinds."""
+    workers = Processes()
+    kept = [torch.tensor([1.5 + rank, 9.0], requires_grad=True), torch.tensor([[rank, 7]]).T.contiguous().T,
+            torch.tensor([bool(rank)])]  # fmt: skip
+    gathered = [workers.gather(tensor) for tensor in kept]
+    return {"gathered": gathered, "kept": [tensor.detach() for tensor in kept], "traffic": dict(vars(workers.traffic))}
 
 
 class Losing(Processes):
@@ -206,5 +228,6 @@ if __name__ == "__main__":
     said = {"losses": losses(folder, this)}  # while the process has no group; torch has imported all it needs by now
     join(folder / "whole", this, 120)
     said |= {"runs": run(this, 2), "mean": check_mean(this), "buckets": check_buckets(this)}
+    said |= {"gather": check_gather(this)}
     torch.save(said, folder / f"{this}.pt")
     dist.destroy_process_group()

@@ -28,6 +28,8 @@ from training.objectives.losses import (
 )
 from training.recipe import METHODS
 
+EXAMPLES = 40  # of the training set that the problem's batch is of
+
 THRESHOLD = 0.08  # of 12 examples: those a little below the mean weight 1/12 and up keep their labels
 
 # One switch away from a preset each.
@@ -57,8 +59,15 @@ SWITCHED = {
     "difference": replace(reference(), engine="difference"),
 }
 IEG = {**{name: METHODS[name]() for name in ("reference", "paper", *(f"M-{n}" for n in range(1, 11)))}, **SWITCHED}
-EVERY = {**{name: make() for name, make in METHODS.items()}, **SWITCHED}
+STAGED = (
+    "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mixmatch",
+)  # fmt: skip
+REMEMBERING = ("mwn", "elr", "mlc", *STAGED[:-1])
+STEPS, LATE = 10, 9  # of a run; its step in which the last stage of staged objectives is looked at, too
+LATER = {f"{name} later": METHODS[name]() for name in (*STAGED, "mwn", "elr", "mlc", "mixmatch-kl")}
+EVERY = {**{name: make() for name, make in METHODS.items()}, **SWITCHED, **LATER}
 MIXING = [name for name, objective in IEG.items() if objective.mixup == "on"]
+OWN_WEIGHTS = ("gce", "mentornet", "cleannet", "mwn")  # which say how far an example counts, not its share of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,26 @@ class Ran:
     batch_is_untouched: bool
 
 
+def posed(name, problem):
+    """The problem at the step that `name` asks for, with the objective's memory of all steps before it.
+
+    It has seen all of the training set, through a copy of the model.
+    """
+    objective, batch = EVERY[name], problem.batch
+    memory = objective.memory(problem.model, EXAMPLES, batch.classes)
+    step = LATE if name in LATER else 0
+    rng, model = torch.Generator().manual_seed(5), copy.deepcopy(problem.model)
+    rows = torch.cat([torch.randperm(EXAMPLES, generator=rng) for _ in range(STEPS)])
+    label_N = torch.randint(batch.classes, (EXAMPLES,), generator=rng)
+    label_N[batch.row_B] = batch.label_B
+    for past in range(step):
+        row_B = rows[past * len(batch.row_B) :][: len(batch.row_B)]
+        weak_BCHW = torch.randn(batch.weak_BCHW.shape, generator=rng, dtype=torch.float64)
+        seen = replace(batch, weak_BCHW=weak_BCHW, row_B=row_B, label_B=label_N[row_B], group_keys=(past, 99 + past))
+        objective(model, seen, replace(problem.moment, step=past, steps=STEPS, memory=memory), Alone())
+    return replace(problem, moment=replace(problem.moment, step=step, steps=STEPS, memory=memory))
+
+
 def call(objective, problem) -> tuple[object, dict]:
     outcome = objective(problem.model, problem.batch, problem.moment, Alone())
     outcome.total.backward()
@@ -85,8 +114,11 @@ def call(objective, problem) -> tuple[object, dict]:
 def ran(_pristine):
     @functools.cache
     def run(name: str) -> Ran:
-        problem, plain = _pristine.fresh(), _pristine.fresh().model
-        problem = replace(problem, batch=copy.deepcopy(_pristine.batch), moment=copy.deepcopy(_pristine.moment))
+        problem, plain = posed(name, _pristine.fresh()), _pristine.fresh().model
+        problem = replace(problem, batch=copy.deepcopy(_pristine.batch))
+        problem = replace(
+            problem, moment=replace(problem.moment, momentum_buffers=copy.deepcopy(_pristine.moment.momentum_buffers))
+        )
         outcome = EVERY[name](problem.model, problem.batch, problem.moment, Alone())
         assert all(value.grad is None for value in problem.model.parameters())
         after = copy.deepcopy(problem.model.state_dict())
@@ -137,10 +169,37 @@ def test_only_batch_norm_statistics_move_and_they_move_once(name, ran):
     assert it.batch_is_untouched
 
 
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_differ(name, ran, problem):
+    first, last = ran(name), ran(f"{name} later")
+    weights = [it.outcome.coefficients.weight_B.sum() for it in (first, last)]
+    assert all(weights)
+    gaps = [(first.gradient[key] - last.gradient[key]).norm() / first.gradient[key].norm() for key in first.gradient]
+    assert max(gaps) > 0.05
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_who_remembers_says_so(name, problem):
+    """Memories are the same whenever they are made, and change; their parameters learn."""
+    posing = posed(name if name not in REMEMBERING else f"{name} later", problem)
+    memory, new = posing.moment.memory, EVERY[name].memory(problem.model, EXAMPLES, problem.batch.classes)
+    again = EVERY[name].memory(problem.model, EXAMPLES, problem.batch.classes)
+    torch.testing.assert_close(new.state_dict(), again.state_dict(), rtol=0, atol=0, equal_nan=True)
+    assert bool(memory.state_dict()) == (name in REMEMBERING)
+    if name in REMEMBERING and name not in ("mwn", "mlc", "co-teaching"):
+        assert not all(torch.equal(a, b) for a, b in zip(memory.buffers(), new.buffers(), strict=True))
+    before = copy.deepcopy(dict(memory.named_parameters()))
+    call(EVERY[name], posing)
+    assert same(dict(memory.named_parameters()), before)
+    gradients = [value.grad for value in memory.parameters()]
+    assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    assert sum(bool(gradient.any()) for gradient in gradients) >= 0.9 * len(gradients)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_call_gives_the_same_bits(name, ran, problem):
     it = ran(name)
-    outcome, gradient = call(EVERY[name], problem)
+    outcome, gradient = call(EVERY[name], posed(name, problem))
     assert torch.equal(outcome.total, it.outcome.total)
     assert same(outcome.parts, it.outcome.parts)
     assert same(vars(outcome.coefficients), vars(it.outcome.coefficients))
@@ -153,11 +212,19 @@ def test_coefficients_are_what_they_say(name, ran, problem):
     said, batch = it.outcome.coefficients, problem.batch
     assert all(len(value) == len(batch.label_B) and not value.requires_grad for value in vars(said).values())
     assert (said.weight_B >= 0).all()
-    assert float(said.weight_B.mean()) == pytest.approx(1, abs=2e-3) or not said.weight_B.any()
-    assert set(said.trust_B.tolist()) <= {0.0, 1.0}
+    if name.removesuffix(" later") in OWN_WEIGHTS:
+        assert (said.weight_B <= 1).all()
+    else:
+        assert float(said.weight_B.mean()) == pytest.approx(1, abs=2e-3) or not said.weight_B.any()
+    if name in IEG:
+        assert set(said.trust_B.tolist()) <= {0.0, 1.0}
+    assert ((said.trust_B >= 0) & (said.trust_B <= 1)).all()
     assert said.pseudo_label_B.dtype == torch.int64
     assert ((said.pseudo_label_B >= 0) & (said.pseudo_label_B < batch.classes)).all()
-    assert ((said.confidence_B > 1 / batch.classes) & (said.confidence_B <= 1)).all()
+    least = (
+        0 if name == "self-learning later" else 1 / batch.classes
+    )  # its pseudo label need not be the likeliest class
+    assert ((said.confidence_B > least) & (said.confidence_B <= 1)).all()
     rows = torch.arange(len(batch.label_B))
     torch.testing.assert_close(said.loss_B, -it.prediction_BK[rows, batch.label_B].log(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(it.outcome.prediction_BK, it.prediction_BK, rtol=1e-9, atol=1e-12)

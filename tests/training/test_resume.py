@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.dataset import InputError
 from tests.training.test_launch import recipe, weights
 from training import checkpoint, launch, ledger, loop
-from training.recipe import Recipe
+from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 
 ORDER = [("step", "ascending"), ("id", "ascending")]
@@ -87,6 +87,15 @@ def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, 
     result, printed = run(short(tmp_path))
     assert f"{step} of 16 steps are done" in printed if step else "steps are done" not in printed
     assert_same(result, whole)
+
+
+def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatch):
+    made = [replace(short(tmp_path / name), objective=METHODS["elr"]()) for name in ("whole", "killed")]
+    with monkeypatch.context() as patched:
+        killed(patched, loop, "update", 12)
+        with pytest.raises(Killed):
+            run(made[1])
+    assert_same(run(made[1])[0], run(made[0])[0])
 
 
 def test_stopped_again_and_again(whole, tmp_path, monkeypatch):

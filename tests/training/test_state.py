@@ -13,9 +13,16 @@ from training.state import TrainState, kernels
 from training.step import update
 
 
-def new_state(model, *, average=True, momentum=0.9, weight_decay=0.1, decayed=None) -> TrainState:
-    decayed = kernels(model) if decayed is None else decayed
-    return TrainState(model, momentum=momentum, weight_decay=weight_decay, decayed=decayed, average=average)
+def new_state(model, *, average=True, momentum=0.9, weight_decay=0.1, decayed=None, memory=None) -> TrainState:
+    return TrainState(
+        model,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        decayed=kernels(model) if decayed is None else decayed,
+        average=average,
+        memory=memory,
+        memory_decayed=kernels(memory) if memory else frozenset(),
+    )
 
 
 def test_kernels_are_convolutions_and_linear_layers():
@@ -93,16 +100,42 @@ def test_predictions_use_averages_and_live_statistics(problem, average):
         torch.testing.assert_close(exported(image_BCHW), expected_BK, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["reference", "paper"])
+def test_a_memory_is_trained_like_the_model_and_not_exported():
+    model, memory = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    memory.load_state_dict(model.state_dict())
+    state = new_state(model, memory=memory)
+    for lr in (0.1, 0.2):
+        for value, kept in zip(model.parameters(), memory.parameters(), strict=True):
+            value.grad = torch.randn(value.shape, dtype=torch.float64)
+            kept.grad = value.grad.clone()
+        state.apply_gradients(lr)
+    torch.testing.assert_close(memory.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert set(state.momentum_buffers()) == {"weight", "bias"}
+    assert set(state.inference_weights()) == {"weight", "bias"}
+    assert len(state.trained()) == 4
+    assert state.finite()
+    memory.bias.data[0] = torch.nan
+    assert not state.finite()
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["reference", "paper", "forward", "glc", "co-teaching", "m-correction", "self-learning", "incv", "mwn", "elr"],
+)
 def test_a_saved_run_continues_bit_for_bit(problem, method):
     objective = METHODS[method]()
 
     def train(state, steps):
         for step in steps:
-            batch = dataclasses.replace(problem.batch, group_keys=(2 * step, 2 * step + 1))
-            update(state, objective, batch, lr=0.05, workers=Alone())
+            row_B = (problem.batch.row_B + 5 * step) % 40
+            batch = dataclasses.replace(problem.batch, row_B=row_B, group_keys=(2 * step, 2 * step + 1))
+            update(state, objective, batch, lr=0.05, workers=Alone(), steps=4)
 
-    whole = new_state(problem.fresh().model, average=objective.average_parameters)
+    def started(model):
+        memory = objective.memory(model, 40, problem.batch.classes)
+        return new_state(model, average=objective.average_parameters, memory=memory)
+
+    whole = started(problem.fresh().model)
     train(whole, range(2))
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
@@ -112,12 +145,12 @@ def test_a_saved_run_continues_bit_for_bit(problem, method):
     with torch.no_grad():
         for value in other.parameters():
             value.add_(1)
-    resumed = new_state(other, average=objective.average_parameters)
+    resumed = started(other)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.step == 2
     train(resumed, range(2, 4))
-    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,10 @@ def in_group_order(parts: list[torch.Tensor], group: int) -> torch.Tensor:
     return torch.stack([part.reshape(-1, group) for part in parts], 1).flatten()
 
 
+BASELINES = [
+    "gce", "bootstrap-soft", "bootstrap-hard", "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction",
+    "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch", "mixmatch-kl",
+]  # fmt: skip
 GLOBAL = [
     "supervised",
     "reweight",
@@ -82,6 +86,7 @@ GLOBAL = [
     "second_order",
     "second_order of paper",
     "second_order of reweight",
+    *BASELINES,
 ]
 
 
@@ -105,6 +110,26 @@ def test_two_workers_train_as_one(case, tolerance, both, alone, ranks):
             found_B = in_group_order([worker["said"][step][column] for worker in two], ranks["GROUP"])
             assert found_B.dtype == expected_B.dtype
             torch.testing.assert_close(found_B, expected_B, rtol=100 * tolerance, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("case", BASELINES)
+def test_memory_is_the_same_on_both_workers_and_on_one(case, both, alone):
+    one, two = alone[case]["memory"], [worker["runs"][case]["memory"] for worker in both]
+    assert one.keys() == two[0].keys() == two[1].keys()
+    for name, expected in one.items():
+        if "running" in name or "tracked" in name:  # batch-norm statistics of a second network, which nothing reads
+            continue
+        torch.testing.assert_close(two[0][name], two[1][name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(two[0][name], expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def test_gather_is_in_the_order_of_ranks(both):
+    for worker in both:
+        found = worker["gather"]
+        for place, gathered in enumerate(found["gathered"]):
+            assert torch.equal(gathered, torch.cat([other["gather"]["kept"][place] for other in both]))
+            assert not gathered.requires_grad
+        assert (found["traffic"]["reductions"], found["traffic"]["bytes"]) == (3, 2 * 4 + 2 * 8 + 1)
 
 
 @pytest.mark.parametrize("preset", ["reference", "paper", "reweight"])

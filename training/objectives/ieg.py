@@ -1,6 +1,6 @@
 """The full method of "Distilling Effective Supervision from Severe Label Noise" (CVPR 2020), and its presets.
 
-Shapes: B noisy examples, M probe examples, K classes, n groups of R mixup rows, images C×H×W.
+Shapes: B noisy examples, K classes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from training.objectives.losses import (
     forward_aside,
     kl_divergence,
     logit_norm,
-    mix,
-    mixing_draws,
+    mixed_pass,
+    one_hot,
     sharpen,
 )
 from training.objectives.meta import Engine, Lookahead, MetaProblem, meta_gradient
@@ -95,7 +95,7 @@ class Ieg(Objective):
         weak_BK = model(batch.weak_BCHW)
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
         strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
-        given_BK = torch.eye(batch.classes, dtype=weak_BK.dtype, device=weak_BK.device)[batch.label_B]
+        given_BK = one_hot(batch.label_B, weak_BK)
         guess_BK = self._guesses(weak_BK.detach(), strong_BK.detach(), workers)
         pseudo_BK = sharpen(guess_BK, self.temperature)
         confidence_B, pseudo_label_B = pseudo_BK.max(1)
@@ -175,28 +175,14 @@ class Ieg(Objective):
     def _mixup_losses(
         self, model: nn.Module, batch: Batch, label_BK: Tensor, workers: Workers
     ) -> tuple[Tensor, Tensor]:
-        """(L_β^p, L_β^u): one joint pass over [probe | weak | strong] of each group (step 5, eq. 9)."""
-        n = len(batch.group_keys)
-
-        def grouped(probe: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
-            return torch.cat([x.reshape(n, -1, *x.shape[1:]) for x in (probe, weak, strong)], 1)
-
-        probe_label_MK = torch.eye(batch.classes, dtype=label_BK.dtype, device=label_BK.device)[batch.probe_label_M]
-        image_nRCHW = grouped(batch.probe_MCHW, batch.weak_BCHW, batch.strong_BCHW)
-        label_nRK = grouped(probe_label_MK, label_BK, label_BK)
-        rows, probes = image_nRCHW.shape[1], len(batch.probe_label_M) // n
-        if self.mixup == "on":
-            draws = mixing_draws(
-                batch.group_keys, rows, fold=self.fold_beta, dtype=image_nRCHW.dtype, device=image_nRCHW.device
-            )
-            image_nRCHW, label_nRK = mix(image_nRCHW, *draws), mix(label_nRK, *draws)
-        logits_nRK = forward_aside(model, image_nRCHW.flatten(0, 1)).unflatten(0, (n, rows))
-        blocks = [logits_nRK[:, :probes].flatten(0, 1), logits_nRK[:, probes:].flatten(0, 1)]
+        """(L_β^p, L_β^u) (step 5, eq. 9)."""
+        mixed = mixed_pass(model, batch, label_BK, fold=self.fold_beta, mixes=self.mixup == "on")
+        blocks = [mixed.probe_logits, mixed.noisy_logits]
         if self.logit_norm:
             blocks = logit_norm(blocks, workers)
         return (
-            cross_entropy(label_nRK[:, :probes].flatten(0, 1), blocks[0]).mean(),
-            cross_entropy(label_nRK[:, probes:].flatten(0, 1), blocks[1]).mean(),
+            cross_entropy(mixed.probe_target, blocks[0]).mean(),
+            cross_entropy(mixed.noisy_target, blocks[1]).mean(),
         )
 
 

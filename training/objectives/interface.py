@@ -7,6 +7,7 @@ depend on which worker holds it (METHOD: with more than one worker).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class Batch:
     weak_BCHW: Tensor
     strong_BCHW: Tensor
     label_B: Tensor  # int64, noisy
+    row_B: Tensor  # int64, each noisy example's place in the training set, 0 … N−1
     probe_MCHW: Tensor
     probe_label_M: Tensor  # int64, trusted
     group_keys: tuple[int, ...]  # one random key a group, from (seed, step, group)
@@ -40,6 +42,10 @@ class Workers(Protocol):
         """Each tensor averaged over the workers, all in a few large messages; autograd goes through it."""
         ...
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all workers, one behind the other, without a graph; in which order depends on their number."""
+        ...
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -51,16 +57,28 @@ class Alone:
         """The tensors themselves."""
         return list(tensors)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor.detach()
+
 
 @dataclass(frozen=True)
 class Moment:
-    """Where training stands: all that an objective may know of the optimiser and of the schedule."""
+    """Where training stands: all that an objective may know of the optimiser, of the schedule and of its own past."""
 
     lr: float
     momentum: float = 0.9
     weight_decay: float = 0.0
     decayed: frozenset[str] = frozenset()  # names of the parameters that weight decay acts on
     momentum_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # by parameter name; absent before step 1
+    step: int = 0  # updates done
+    steps: int = 1  # of the whole run
+    memory: nn.Module = field(default_factory=nn.Module)  # what `Objective.memory` made
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, from 0 to below 1."""
+        return self.step / self.steps
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Coefficients:
     """What a step decided about each noisy example, detached: a row of the ledger each."""
 
     weight_B: Tensor  # ω relative to 1/B of the global batch: 1 is an ordinary example's weight
-    trust_B: Tensor  # λ: 1 where the given label is believed, 0 where the pseudo label is
+    trust_B: Tensor  # λ: 1 where the given label is believed, 0 where the pseudo label is, or how far it is
     pseudo_label_B: Tensor  # int64
     confidence_B: Tensor  # probability of the pseudo label
     loss_B: Tensor  # cross-entropy with the given label
@@ -84,10 +102,28 @@ class Outcome:
     prediction_BK: Tensor  # softmax of the weak views, detached: the collapse monitor reads it
 
 
+def require(objective: Objective, fields: Sequence[str], low: float, high: float = math.inf) -> None:
+    """Raise ValueError for a field of the objective below `low` or above `high`."""
+    allowed = f"{low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
+    for name in fields:
+        value = getattr(objective, name)
+        if not low <= value <= high:  # NaN too
+            raise ValueError(f"objective.{name} is {value}: it must be {allowed}")
+
+
 class Objective(ABC):
     """A frozen dataclass of hyperparameters with one call."""
 
     average_parameters: bool  # evaluate the model with an exponential moving average of its parameters
+
+    def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
+        """What is kept from step to step beside the model, made once before step 0, alike on all workers: here nothing.
+
+        Its parameters are trained like the model's: by the same optimiser, on the gradient of `Outcome.total`. Its
+        buffers the objective changes itself, by nothing but what all workers know. It is part of checkpoints; evaluated
+        and exported is the model alone. `examples` is N.
+        """
+        return nn.Module()
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

@@ -1,11 +1,12 @@
 """The small formulas that objectives share.
 
-Shapes: B examples, K classes, n groups of R rows.
+Shapes: B noisy examples, M probe examples, K classes, n groups of R rows, images C×H×W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from training.objectives.interface import Coefficients, Workers
+from training.objectives.interface import Batch, Coefficients, Workers
 
 
 def cross_entropy(target_BK: Tensor, logits_BK: Tensor) -> Tensor:
     """Cross-entropy of each example with a soft target, B."""
     return -(target_BK * F.log_softmax(logits_BK, 1)).sum(1)
+
+
+def corrected_cross_entropy(logits_BK: Tensor, transition_KK: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(−log Σ_i p_i T_iy, the share of i = y in that sum), B each, where T_ij = P(label j | class i).
+
+    The first is cross-entropy of the noisy label ("forward" correction: Patrini et al. 2017, theorem 2), the second the
+    posterior probability that the label is right.
+    """
+    joint_BK = F.log_softmax(logits_BK, 1) + transition_KK.T[label_B].clamp_min(1e-12).log()
+    return -joint_BK.logsumexp(1), joint_BK.softmax(1).gather(1, label_B[:, None])[:, 0]
 
 
 def kl_divergence(from_BK: Tensor, to_BK: Tensor) -> Tensor:
@@ -45,19 +56,30 @@ def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
     return functional_call(model, buffers, (image_BCHW,))
 
 
+def one_hot(label_B: Tensor, like_BK: Tensor) -> Tensor:
+    """Labels as probabilities, B×K, of the type of `like_BK`."""
+    return F.one_hot(label_B, like_BK.shape[1]).to(like_BK.dtype)
+
+
 def mixing_draws(
-    group_keys: Sequence[int], rows: int, *, fold: bool, dtype: torch.dtype, device: torch.device
+    group_keys: Sequence[int],
+    rows: int,
+    *,
+    fold: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """Mixup partners and factors of n groups of R rows: partner_nR (a permutation within each group) and beta_nR.
 
-    β ~ Beta(0.5, 0.5), one a pair; `fold` takes max(β, 1−β). Counter-based: only the key decides.
+    β ~ Beta(α, α), one a pair; `fold` takes max(β, 1−β). Counter-based: only the key decides.
     """
     partner_nR = np.empty((len(group_keys), rows), np.int64)
     beta_nR: np.ndarray = np.empty((len(group_keys), rows))
     for group, key in enumerate(group_keys):
         rng = np.random.Generator(np.random.Philox(key=key))
         partner_nR[group] = rng.permutation(rows)
-        beta_nR[group] = rng.beta(0.5, 0.5, rows)
+        beta_nR[group] = rng.beta(alpha, alpha, rows)
     if fold:
         beta_nR = np.maximum(beta_nR, 1 - beta_nR)
     return torch.from_numpy(partner_nR).to(device), torch.from_numpy(beta_nR).to(device, dtype)
@@ -70,10 +92,57 @@ def mix(x_nR: Tensor, partner_nR: Tensor, beta_nR: Tensor) -> Tensor:
     return beta * x_nR + (1 - beta) * x_nR[groups, partner_nR]
 
 
-def plain_coefficients(logits_BK: Tensor, label_B: Tensor, weight_B: Tensor | None = None) -> Coefficients:
-    """The ledger rows of an objective that believes every label; the pseudo label is the model's own answer."""
+@dataclass(frozen=True)
+class Mixed:
+    """The rows of a joint pass, by the first of each pair: trusted images, and both views of noisy ones."""
+
+    probe_logits: Tensor  # M×K
+    probe_target: Tensor
+    noisy_logits: Tensor  # 2B×K: weak and strong of the first group, then of the next
+    noisy_target: Tensor
+
+
+def mixed_pass(
+    model: nn.Module, batch: Batch, label_BK: Tensor, *, alpha: float = 0.5, fold: bool = True, mixes: bool = True
+) -> Mixed:
+    """One pass, aside, over the pool [probe | weak | strong] of each group, each row mixed with another one (eq. 9).
+
+    `label_BK` are the targets of both views of the noisy examples.
+    """
+    n = len(batch.group_keys)
+
+    def grouped(probe: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
+        return torch.cat([x.reshape(n, -1, *x.shape[1:]) for x in (probe, weak, strong)], 1)
+
+    image_nRCHW = grouped(batch.probe_MCHW, batch.weak_BCHW, batch.strong_BCHW)
+    target_nRK = grouped(one_hot(batch.probe_label_M, label_BK), label_BK, label_BK)
+    rows, probes = image_nRCHW.shape[1], len(batch.probe_label_M) // n
+    if mixes:
+        dtype, device = image_nRCHW.dtype, image_nRCHW.device
+        draws = mixing_draws(batch.group_keys, rows, fold=fold, dtype=dtype, device=device, alpha=alpha)
+        image_nRCHW, target_nRK = mix(image_nRCHW, *draws), mix(target_nRK, *draws)
+    logits_nRK = forward_aside(model, image_nRCHW.flatten(0, 1)).unflatten(0, (n, rows))
+    of_probe, of_noisy = slice(probes), slice(probes, None)
+    return Mixed(
+        logits_nRK[:, of_probe].flatten(0, 1),
+        target_nRK[:, of_probe].flatten(0, 1),
+        logits_nRK[:, of_noisy].flatten(0, 1),
+        target_nRK[:, of_noisy].flatten(0, 1),
+    )
+
+
+def plain_coefficients(
+    logits_BK: Tensor, label_B: Tensor, weight_B: Tensor | None = None, trust_B: Tensor | None = None
+) -> Coefficients:
+    """The ledger rows of an objective whose pseudo label is the model's own answer; weight and trust are else 1."""
     logits_BK = logits_BK.detach()
     loss_B = F.cross_entropy(logits_BK, label_B, reduction="none")
     confidence_B, pseudo_label_B = logits_BK.softmax(1).max(1)
     ones_B = torch.ones_like(loss_B)
-    return Coefficients(ones_B if weight_B is None else weight_B, ones_B, pseudo_label_B, confidence_B, loss_B)
+    return Coefficients(
+        ones_B if weight_B is None else weight_B.detach(),
+        ones_B if trust_B is None else trust_B.detach(),
+        pseudo_label_B,
+        confidence_B,
+        loss_B,
+    )

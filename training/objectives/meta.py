@@ -42,10 +42,11 @@ class MetaProblem:
     alpha: float  # step size of the lookahead
     lookahead: Lookahead  # "l2r": ω0 = 0, so that θ' = θ
     probe_decay: bool  # weight decay on θ' in the meta loss
+    weight_B: Tensor | float = 1.0  # the initial weight of each example, relative to ω0
 
     @property
     def omega0(self) -> float:
-        """The initial weight of every example, 1/B of the global batch."""
+        """1/B of the global batch."""
         return 0.0 if self.lookahead == "l2r" else 1 / (len(self.logits_BK) * self.workers.size)
 
     @property
@@ -62,23 +63,33 @@ def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]
     """(∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, by "forward" mode or "second_order" (both exact), or by "difference"."""
     if engine == "second_order":
         return _second_order(problem)
-    theta = problem.parameters
-    direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
-    slope_BK = (_forward_mode if engine == "forward" else _difference)(problem, theta, direction)
+    slope_BK = logit_slope(engine, problem)
     with torch.no_grad():
         residual_BK = problem.logits_BK.softmax(1) - problem.target(problem.lambda0)
         change_BK = problem.pseudo_BK - problem.given_BK
         return (
             -problem.alpha * (residual_BK * slope_BK).sum(1),
-            -problem.alpha * problem.omega0 * (change_BK * slope_BK).sum(1),
+            -problem.alpha * problem.omega0 * problem.weight_B * (change_BK * slope_BK).sum(1),
         )
 
 
+def logit_slope(engine: Literal["forward", "difference"], problem: MetaProblem) -> Tensor:
+    """t = J_θΦ(weak)·∇L^p(θ'), B×K: how the logits would rise along the probe loss after the lookahead."""
+    theta = problem.parameters
+    direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
+    return (_forward_mode if engine == "forward" else _difference)(problem, theta, direction)
+
+
+def unit(gradient: Tensor, workers: Workers) -> Tensor:
+    """A gradient over its root mean square in the global batch: plain SGD then takes steps of a size, as Adam does."""
+    return gradient / workers.mean([gradient.square().mean()])[0].sqrt().clamp_min(1e-30)
+
+
 def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """∇_θ Σ ω0·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
+    """∇_θ Σ ω·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
     if problem.lookahead == "l2r":
         return None
-    loss = cross_entropy(problem.target(problem.lambda0), problem.logits_BK).mean()
+    loss = (problem.weight_B * cross_entropy(problem.target(problem.lambda0), problem.logits_BK)).mean()
     gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True)
     return problem.workers.mean(gradients)
 
@@ -144,7 +155,7 @@ def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: di
 def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
     """Backpropagation through the lookahead step: the oracle, with a graph of the gradient."""
     theta, size = problem.parameters, len(problem.logits_BK)
-    omega_B = problem.logits_BK.new_full((size,), problem.omega0, requires_grad=True)
+    omega_B = (problem.logits_BK.new_full((size,), problem.omega0) * problem.weight_B).requires_grad_()
     lambda_B = problem.logits_BK.new_full((size,), problem.lambda0, requires_grad=True)
     loss_B = cross_entropy(problem.target(lambda_B[:, None]), problem.logits_BK)
     # The workers' mean of this is Σ ω·CE over the global batch.

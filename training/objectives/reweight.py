@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
-from training.objectives.losses import cross_entropy, plain_coefficients
+from training.objectives.losses import cross_entropy, one_hot, plain_coefficients
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
 
 
@@ -37,7 +36,7 @@ class Reweight(Objective):
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
         logits_BK = model(batch.weak_BCHW)
-        given_BK = torch.eye(batch.classes, dtype=logits_BK.dtype, device=logits_BK.device)[batch.label_B]
+        given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
             model, batch, moment, workers, logits_BK, given_BK, given_BK,
             lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False,
