@@ -49,7 +49,8 @@ def test_every_method_is_a_fresh_frozen_objective(method):
 def test_methods_are_those_of_the_readme():
     baselines = {
         "supervised", "reweight", "gce", "bootstrap-soft", "bootstrap-hard", "forward", "glc", "mentornet",
-        "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch", "mixmatch-kl",
+        "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch",
+        "mixmatch-kl",
     }  # fmt: skip
     assert set(METHODS) == {"winnow", "reference", "paper", *baselines, *TABLE_9}
 
