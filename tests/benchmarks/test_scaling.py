@@ -40,7 +40,7 @@ def test_two_workers_are_measured_counted_and_agree(tmp_path, capsys):
         assert set(row) == {"workers", "oversubscribed", *scaling.FORMATS}
         assert row["workers"] == workers
         assert row["oversubscribed"] == (workers > told["cores"])
-        assert row["bytes_streamed"] == 3 * 8 * (8 * 8 * 3 + 5 * 8)  # three views of 8 px, with four int64 each
+        assert row["bytes_streamed"] == 3 * 8 * (8 * 8 * 3 + 5 * 8)  # three views of 8 px, with five int64 each
         assert min(row["data_seconds"], row["compute_seconds"], row["cpu_seconds"]) > 0
         assert row["seconds"] > row["compute_seconds"]
     assert (one["reductions"], one["bytes_reduced"], one["collective_seconds"]) == (0, 0, 0)
