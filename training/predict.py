@@ -20,7 +20,7 @@ import ray
 import ray.data
 import torch
 import tyro
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
 from pipeline import command, compute, job, predictions
@@ -114,10 +114,13 @@ def _predict(
     """Make the parts that are `left`, as a Ray Data job; returns how many of their images could not be used."""
     compute.join(cpus=2)
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    if request.device == "gpu" and not gpus:
+    to_come = compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
+    if request.device == "gpu" and not (gpus or to_come):
         raise InputError("the cluster has no GPU: leave --device out")
-    on_gpu = gpus > 0 and request.device != "cpu"
+    on_gpu = request.device != "cpu" and (gpus > 0 or to_come)
     job.settings(ordered=True)
+    if on_gpu:  # not on data nodes, then: Ray Data counts on one kind of node only
+        DataContext.get_current().execution_options.label_selector = None
     tasks = []
     for part in left:
         rows = about.rows_of(part)
@@ -132,7 +135,7 @@ def _predict(
             fn_constructor_args=([ray.put(model)], about, "cuda" if on_gpu else "cpu"),
             batch_size=request.batch,
             zero_copy_batch=False,
-            compute=ActorPoolStrategy(min_size=1, max_size=request.actors or (gpus if on_gpu else cpus)),
+            compute=ActorPoolStrategy(min_size=1, max_size=request.actors or max(gpus if on_gpu else cpus, 1)),
             num_gpus=1 if on_gpu else 0,
         )
     )

@@ -135,6 +135,8 @@ def _room(sweep: Sweep) -> int:
     cpus = 1 + recipe.least_workers + recipe.actors
     cores = max((os.cpu_count() or 1) // (max(recipe.least_workers, 1) + recipe.actors), 1)
     compute.join(cpus=(sweep.parallel or cores) * cpus + 1)
+    if compute.training_nodes() is not None:  # nodes come when asked, and nothing tells how many may
+        return sweep.parallel or 1
     most = ray._private.state.state.get_max_resources_from_cluster_config() or ray.cluster_resources()
     rooms = {"CPU": int(most.get("CPU", 0)) // cpus}
     if recipe.device == "gpu":
