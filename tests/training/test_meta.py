@@ -108,6 +108,15 @@ def test_forward_mode_equals_double_backward_and_finite_differences(problem, loo
             assert slope(none_B, unit[i]) == pytest.approx(float(lambda_B[i]), abs=1e-5 * float(lambda_B.abs().max()))
 
 
+def test_unequal_initial_weights_are_weighted_in_both_engines(problem):
+    weight_B = torch.rand(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    posed = dataclasses.replace(meta_problem(problem), weight_B=weight_B)
+    for found_B, exact_B in zip(*(meta_gradient(engine, posed) for engine in ("forward", "second_order")), strict=True):
+        assert relative(found_B, exact_B) <= 1e-10
+    equal_B, _ = meta_gradient("forward", meta_problem(problem.fresh()))
+    assert relative(found_B, equal_B) > 1e-3
+
+
 def test_lookahead_and_probe_decay_are_no_idle_switches(problem):
     answers = [
         meta_gradient("forward", meta_problem(problem.fresh(), lookahead, probe_decay))[0]
