@@ -325,9 +325,11 @@ def test_predictions_that_do_not_fit_are_refused(data, run, tmp_path):
 
 
 def test_the_command_tells_mistakes_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        clean.main([str(tmp_path), "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out"])
-    assert stopped.value.code == f"error: no recipe.json in {tmp_path}: give the folder of an audited run"
+    asked = [str(tmp_path), "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out"]
+    for main, arguments in ((clean.main, asked), (shards.main, ["--from", *asked])):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == f"error: no recipe.json in {tmp_path}: give the folder of an audited run"
     with pytest.raises(SystemExit) as stopped:
         clean.main([str(tmp_path), "--data", "data", "--out", "out", "--confidence", "2"])
     assert stopped.value.code == 2
