@@ -73,7 +73,7 @@ class TorchViews:
 def torch_dataloader(images: Sequence[bytes], cores: int) -> Iterator[float]:
     """PIL, torchvision's transforms, float batches, one worker process a core."""
     from torch.utils.data import DataLoader  # in here: the other paths' memory is not to hold torch
-    from torchvision import transforms as T  # type: ignore[import-untyped]
+    from torchvision import transforms as T
 
     crop, flip = T.RandomResizedCrop(PHOTO_SIZE), T.RandomHorizontalFlip()
     normal = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])

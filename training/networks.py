@@ -1,4 +1,4 @@
-"""Networks by name: wide residual networks and ResNet-29 for small images, anything else from timm.
+"""Networks by name: for small images wide residual networks, ResNet-29, DenseNet-100 and VGG-13; any other from timm.
 
 Shapes: B images, C channels, H×W pixels, K classes.
 """
@@ -134,11 +134,37 @@ def resnet29(channels: int, classes: int, norm: Norm = nn.BatchNorm2d, first_act
     return SmallImageNet(stem, list(blocks), inputs, classes, norm)
 
 
+def densenet100(channels: int, classes: int) -> nn.Module:
+    """DenseNet-BC-100, growth 12, 0.77 M parameters (Huang et al. 2017): torchvision's, without its stem for 224 px."""
+    from torchvision.models import DenseNet  # as long to import as torch itself
+
+    model = DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=classes)
+    model.features.conv0 = nn.Conv2d(channels, 24, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    for name in ("norm0", "relu0", "pool0"):
+        setattr(model.features, name, nn.Identity())
+    return model
+
+
+def vgg13(channels: int, classes: int) -> nn.Module:
+    """VGG-13 with batch norm and one linear layer, 9.4 M parameters, for 32 px or more: torchvision's convolutions."""
+    from torchvision.models import vgg13_bn
+
+    features = vgg13_bn().features
+    if channels != 3:
+        features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+SMALL_IMAGES = {"densenet100": densenet100, "vgg13": vgg13}
+
+
 def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     """The randomly initialised network called `name`, the same for the same seed.
 
     `wrn-28-10`, `resnet29` (the authors' variant), `resnet29-preact`; `:group` behind these replaces batch by group
-    normalisation; any other name is timm's. Raises ValueError, with the closest names, for an unknown one.
+    normalisation; `densenet100`, `vgg13`; any other name is timm's. Raises ValueError, with the closest names, for an
+    unknown one.
     """
     base, _, suffix = name.partition(":")
     if suffix not in ("", "group"):
@@ -150,6 +176,8 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
             return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)
         if base in ("resnet29", "resnet29-preact"):
             return resnet29(channels, classes, norm, first_activation=base == "resnet29-preact")
+        if base in SMALL_IMAGES and not suffix:
+            return SMALL_IMAGES[base](channels, classes)
         if suffix:
             raise ValueError(f"network {name!r}: ':group' goes with wrn-DEPTH-WIDTH and resnet29 only")
         return _timm_model(name, channels, classes)
@@ -161,7 +189,7 @@ def _timm_model(name: str, channels: int, classes: int) -> nn.Module:
     if name not in timm.list_models():
         import difflib
 
-        close = difflib.get_close_matches(name, ["resnet29", "wrn-28-10", *timm.list_models()], 3)
+        close = difflib.get_close_matches(name, ["resnet29", "wrn-28-10", *SMALL_IMAGES, *timm.list_models()], 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "use wrn-DEPTH-WIDTH, resnet29 or a timm name"
         raise ValueError(f"unknown network {name!r}: {hint}")
     return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

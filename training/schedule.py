@@ -23,6 +23,9 @@ class Schedule:
     """Each cycle's length relative to the one before (paper: 1.5)."""
     m_mul: float = 0.9
     """Each cycle's starting learning rate relative to the one before (paper: 0.9)."""
+    drops: tuple[int, ...] = ()
+    """Steps at which the rate falls to a tenth, staying the same between, instead of along cosines (figure 2's other
+    curves: 40000 50000)."""
 
     def __post_init__(self) -> None:
         if not (0 < self.lr < math.inf and 0 < self.m_mul < math.inf):
@@ -72,6 +75,8 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
         cycle = self.cycle(step)
+        if self.drops:
+            return self.lr * self.m_mul**cycle * 0.1 ** sum(drop <= step for drop in self.drops)
         begin, end = self.start(cycle), self.start(cycle + 1)
         done = (step - begin) / (end - begin)
         return self.lr * self.m_mul**cycle * (1 + math.cos(math.pi * done)) / 2

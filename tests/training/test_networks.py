@@ -4,7 +4,16 @@ from torch.func import functional_call, jvp
 
 from training import networks
 
-FAMILIES = ["wrn-10-1", "wrn-10-1:group", "resnet29", "resnet29:group", "resnet29-preact", "resnet18"]
+FAMILIES = [
+    "wrn-10-1",
+    "wrn-10-1:group",
+    "resnet29",
+    "resnet29:group",
+    "resnet29-preact",
+    "resnet18",
+    "densenet100",
+    "vgg13",
+]
 
 
 def parameters(model) -> int:
@@ -18,9 +27,11 @@ def parameters(model) -> int:
         ("wrn-28-2", 1_467_610),  # 1.5 M
         ("wrn-10-1", 77_850),
         ("wrn-10-1:group", 77_850),
+        ("densenet100", 769_162),  # Huang et al. 2017, table 2: 0.8 M
+        ("vgg13", 9_416_010),  # ten 3×3 convolutions with batch norm, and 512 × 10 + 10
     ],
 )
-def test_parameter_counts_of_wide_networks(name, expected):
+def test_parameter_counts(name, expected):
     with torch.device("meta"):
         assert parameters(networks.build(name, 3, 10, 0)) == expected
 
@@ -88,6 +99,17 @@ def test_group_variant_keeps_no_batch_statistics(name):
     torch.testing.assert_close(model(image_BCHW)[:1], model(image_BCHW[:1]))  # an answer of its own for each image
 
 
+@pytest.mark.parametrize(("name", "size", "halved"), [("densenet100", 32, 8), ("densenet100", 16, 4), ("vgg13", 32, 1)])
+def test_networks_of_torchvision_take_small_images(name, size, halved):
+    model = networks.build(name, 1, 7, seed=0)
+    features = []
+    (model.features if name == "densenet100" else model[0]).register_forward_hook(
+        lambda *args: features.append(args[-1])
+    )
+    assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
+    assert features[0].shape[2:] == (halved, halved)
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -115,7 +137,7 @@ def test_timm_models_take_channels_and_classes():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_mode_through_training_mode_matches_finite_differences(name):
     rng = torch.Generator().manual_seed(0)
-    size = 32 if name == "resnet18" else 8
+    size = 32 if name in ("resnet18", "vgg13") else 8
     model = networks.build(name, 3, 5, seed=0).double().train()
     image_BCHW = torch.randn(4, 3, size, size, generator=rng, dtype=torch.float64)
     theta = {key: value.detach() for key, value in model.named_parameters()}

@@ -104,3 +104,10 @@ def test_whole_cycles_fill_the_steps(first, cycles, t_mul, steps):
 def test_a_schedule_fills_its_own_steps():
     for made in (Schedule(), Schedule(first_cycle=57, cycles=3, t_mul=2), Schedule(first_cycle=10, cycles=7, t_mul=1)):
         assert made.filling(made.steps) == made
+
+
+def test_drops_are_the_standard_decay_of_figure_2():
+    schedule = Schedule(lr=0.1, first_cycle=60_000, cycles=1, drops=(40_000, 50_000))
+    rates = [schedule.learning_rate(step) for step in (0, 39_999, 40_000, 49_999, 50_000, 59_999)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert schedule.steps == 60_000
