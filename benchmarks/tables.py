@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables --list
     python -m benchmarks.tables T1:cifar10:uniform:0.8:rn29 --data /data/cifar --seeds 3
-    python -m benchmarks.tables 'A:*' --scale small --data ../shared/data --seeds 2        2 hours on 2 cores
+    python -m benchmarks.tables 'A:*' --scale small --data ../shared/data --seeds 2        an hour or two on 2 cores
     python -m benchmarks.tables --markdown                                                 the README's table
 
 A run killed goes on when the command is given again; what is in the results already is not run again. `--scale small`:
@@ -277,46 +277,36 @@ def listing(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The small scale as two tables: all methods by their mean over the kinds of noise, then the ablations."""
-    found = {cell.name: mean_and_deviation(rows, cell.name, "small") for cell in cells() if cell.table == "A"}
+    """Table A at the small scale: all methods, by their mean over the kinds of noise; then the ablations."""
+    in_table = [cell for cell in cells() if cell.table == "A"]
+    found = {(cell.noise, cell.row): mean_and_deviation(rows, cell.name, "small") for cell in in_table}
+    noises = list(dict.fromkeys(cell.noise for cell in in_table))
+    methods = list(dict.fromkeys(cell.row for cell in in_table if "-M-" not in cell.row))
 
-    def line(*cells: str) -> str:
-        return f"| {' | '.join(cells)} |"
+    def top1(noise: str, method: str) -> float:
+        return float(found[noise, method].split()[0]) if found[noise, method] else math.nan
 
-    def value(figure: str) -> float:
-        return float(figure.split()[0]) if figure else 0.0
+    def shown(noise: str, method: str) -> str:
+        best = max(top1(noise, other) for other in methods)
+        return f"**{found[noise, method]}**" if top1(noise, method) == best else found[noise, method]
 
-    noises = list(dict.fromkeys(cell.noise for cell in cells() if cell.table == "A"))
-    methods = {
-        m: [found[f"A:cifar10:{noise}:{m}"] for noise in noises] for m in ("rog", *METHODS) if not m.startswith("M-")
-    }
-    ranked = sorted(methods, key=lambda m: -sum(map(value, methods[m])))
-    best = [max(map(value, column)) for column in zip(*methods.values(), strict=True)]
-    lines = [line("method", *(noise.replace(":", " ") for noise in noises), "mean"), line(*["---"] * (len(noises) + 2))]
-    for m in ranked:
-        figures = [f"**{f}**" if f and value(f) == top else f for f, top in zip(methods[m], best, strict=True)]
-        mean = np.mean([*map(value, methods[m])])
-        lines.append(line(f"`{m}`", *figures, f"{mean:.1f}" if all(methods[m]) else ""))
-    lines += [
-        "",
-        line(
-            "",
-            "paper, CIFAR-100, 0.4",
-            "0.8",
-            *(f"{base} {rate}" for base in ("`reference`", "`winnow`") for rate in ("0.4", "0.8")),
-        ),
-        line(*["---"] * 7),
+    mean = {method: float(np.mean([top1(noise, method) for noise in noises])) for method in methods}
+    by_method = [["method", *(noise.replace(":", " ") for noise in noises), "mean"]]
+    by_method += [
+        [f"`{method}`", *(shown(noise, method) for noise in noises), f"{mean[method]:.1f}"]
+        for method in sorted(methods, key=lambda method: -mean[method])
     ]
+    rates = ("0.4", "0.8")
     published = {cell.name: cell.published for cell in cells() if cell.table == "T9"}
+    ablations = [["", *(f"published, CIFAR-100, {rate}" for rate in rates), *(f"`winnow`, {rate}" for rate in rates)]]
     for number in range(1, 11):
-        theirs = [published[f"T9:cifar100:uniform:{rate}:M-{number}"] for rate in ("0.4", "0.8")]
-        ours = [
-            found[f"A:cifar10:uniform:{rate}:{base}-M-{number}"]
-            for base in ("reference", "winnow")
-            for rate in ("0.4", "0.8")
-        ]
-        lines.append(line(f"M-{number}", *theirs, *ours))
-    return "\n".join(lines)
+        theirs = [published[f"T9:cifar100:uniform:{rate}:M-{number}"] for rate in rates]
+        ablations.append([f"M-{number}", *theirs, *(found[f"uniform:{rate}", f"winnow-M-{number}"] for rate in rates)])
+    return "\n\n".join(_as_markdown(*table) for table in (by_method, ablations))
+
+
+def _as_markdown(head: list[str], *body: list[str]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
 
 
 def chosen_cells(patterns: tuple[str, ...]) -> list[Cell]:
