@@ -124,7 +124,8 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     shown = page.shown(findings)
     suggested = findings.suggested()
     found = census(dataset.train, dataset.probe, np.concatenate([shown["id"].to_numpy(), suggested["id"].to_numpy()]))
-    row_of = {row["id"]: row["row"] for row in found.to_pylist() if not row["trusted"]}
+    noisy = found.filter(pc.invert(found["trusted"]))
+    row_of = dict(zip(noisy["id"].to_pylist(), noisy["row"].to_pylist(), strict=True))
     if missing := set(shown["id"].to_pylist() + suggested["id"].to_pylist()) - row_of.keys():
         raise InputError(
             f"the ledger of {run.folder} has id {min(missing)}, which {options.data or 'the data set'} has not: "
@@ -252,6 +253,7 @@ def write_page(
     ids = page.shown(findings)["id"].to_pylist()
     held = dataset.train.take(np.array([row_of[id_] for id_ in ids]))
     torn, torn_images = _torn(dataset, found)
+    disputed, disputed_images = _disputed(run, dataset)
     measured = [commit.top1 for commit in checkpoint.commits(run.folder) if commit.top1 is not None]
     ends = [0, *run.schedule.ends]
     report = page.Report(
@@ -265,39 +267,41 @@ def write_page(
         accuracy=measured[-1] if measured else None,
         findings=findings,
         images={id_: held.image(row) for row, id_ in enumerate(ids)},
-        disputed=disputed(run, dataset),
+        disputed=disputed,
+        disputed_images=disputed_images,
         torn=torn,
         torn_images=torn_images,
     )
     _write(run, PAGE, page.render(report))
 
 
-def disputed(run: Run, dataset: Dataset) -> list[page.Judged]:
-    """The trusted images to which the network gives another label, those with the least probable label first."""
+def _disputed(run: Run, dataset: Dataset) -> tuple[list[page.Judged], int]:
+    # Of the trusted images to which the network gives another label, those with the least probable label; how many are.
     probe = dataset.probe
     probability_MK = run.model.probabilities(probe)
     answer_M = probability_MK.argmax(1)
     own_M = probability_MK[np.arange(len(probe)), probe.label_N]
     rows = np.flatnonzero(answer_M != probe.label_N)
-    return [
+    shown = [
         page.Judged(
             int(probe.id_N[row]), probe.image(row), int(probe.label_N[row]), int(answer_M[row]), float(own_M[row])
         )
-        for row in rows[np.argsort(own_M[rows])]
+        for row in rows[np.argsort(own_M[rows])][: page.OVERALL]
     ]
+    return shown, len(rows)
 
 
 def _torn(dataset: Dataset, found: pa.Table) -> tuple[list[tuple[np.ndarray, tuple[str, ...]]], int]:
     # Some images that are stored under several labels, with these, and how many there are.
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in found.filter(found["torn"]).to_pylist():
-        groups.setdefault(row["digest"], []).append(row)
+    torn = found.filter(found["torn"])
+    digests = torn["digest"].unique()
     shown = []
-    for group in list(groups.values())[: page.OVERALL]:
+    for digest in digests[: page.OVERALL]:
+        group = torn.filter(pc.equal(torn["digest"], digest)).to_pylist()
         split = dataset.probe if group[0]["trusted"] else dataset.train
         labels = sorted({dataset.class_names[row["label"]] for row in group})
         shown.append((split.take(np.array([group[0]["row"]])).image(0), tuple(labels)))
-    return shown, len(groups)
+    return shown, len(digests)
 
 
 def _write(run: Run, name: str, text: str) -> None:

@@ -48,6 +48,7 @@ class Report:
     findings: Findings
     images: Mapping[int, np.ndarray]  # of the findings' rows, by id
     disputed: Sequence[Judged]  # trusted images that the network disputes, the clearest first
+    disputed_images: int  # how many there are in all
     torn: Sequence[tuple[np.ndarray, tuple[str, ...]]]  # images stored under several labels, and these
     torn_images: int  # how many there are in all
 
@@ -127,7 +128,7 @@ def _figures(report: Report) -> list[dict[str, Any]]:
         ("Images audited", f"{images:,}", f"{findings.visits / images:.1f} visits each", False),
         ("Suspect labels", f"{suspects:,}", f"{_percent(suspects / images)} of all", True),
         ("Estimated wrong", _percent(findings.wrong_K.sum() / images), "the sum of 1 − quality", True),
-        ("Trusted labels disputed", f"{len(report.disputed):,}", f"of {trusted:,} trusted images", False),
+        ("Trusted labels disputed", f"{report.disputed_images:,}", f"of {trusted:,} trusted images", False),
         ("Stored under several labels", f"{report.torn_images:,}", "the same bytes, different labels", False),
     ]
     if report.accuracy is not None:
@@ -239,7 +240,7 @@ def _disputed(report: Report) -> Gallery:
     if not report.disputed:
         about = "The network agrees with every trusted label. It was trained on them, so only gross errors would show."
     names, shots = report.class_names, []
-    for one in report.disputed[:OVERALL]:
+    for one in report.disputed:
         note = f"p {one.probability:.3f}"
         shots.append(Shot(*thumbnail(one.image), f"id {one.id}", names[one.label], names[one.proposed], note))
     return Gallery("Trusted, and disputed", about, shots, swaps=False)

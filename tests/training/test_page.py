@@ -40,6 +40,7 @@ def report(classes: int, images: int, *, wrong: float = 0.3, name: str = "a run"
         findings=findings,
         images=pictures,
         disputed=[Judged(7, some, 0, 1, 0.01)] if wrong else [],
+        disputed_images=3 if wrong else 0,
         torn=[(some, ("cat", "dog"))] if wrong else [],
         torn_images=1 if wrong else 0,
     )
@@ -90,7 +91,7 @@ def test_figures_are_those_of_the_findings():
     suspects, wrong = findings.suspect_K.sum(), findings.wrong_K.sum()
     assert f"{suspects} Suspect labels {suspects / 2:.1f} % of all" in text
     assert f"{wrong / 2:.1f} % Estimated wrong" in text
-    assert "1 Trusted labels disputed of 15 trusted images" in text
+    assert "3 Trusted labels disputed of 15 trusted images" in text
     assert "50.0 % Accuracy of the judge" in text
     for k in (1, 2):
         count, rate = findings.count_K[k], 100 * findings.wrong_K[k] / findings.count_K[k]
