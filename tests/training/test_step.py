@@ -14,9 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.step
-from training.step import normalised
+from training.objectives.interface import Alone
+from training.recipe import METHODS
+from training.state import TrainState, kernels
+from training.step import normalised, update
+
+aten = torch.ops.aten
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).parents[2]
@@ -248,6 +254,30 @@ def test_who_is_left_names_who_is_lost(name, both, ranks):
     if how != "killed":
         assert float(said[1]) >= ranks["TIMEOUT"] - 0.1
     assert found["seconds"] < ranks["TIMEOUT"] + 5
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would have to wait for a number that a GPU computes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten._unique2), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["winnow", "reference", "paper", "reweight", *(f"M-{n}" for n in range(1, 11))])
+def test_a_step_never_waits_for_the_device(method, problem):
+    objective = METHODS[method]()
+    state = TrainState(
+        problem.model, momentum=0.9, weight_decay=0.03, decayed=kernels(problem.model), average=True,
+    )  # fmt: skip
+    for _ in range(2):  # before and after there is a momentum
+        with NoWaiting():
+            update(state, objective, problem.batch, lr=0.05, workers=Alone(), steps=2)
+
+
+def test_waiting_is_noticed():
+    with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        torch.ones(()).item()
 
 
 def test_normalised_is_minus_one_to_one_channels_last():

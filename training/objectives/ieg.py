@@ -20,6 +20,7 @@ from training.objectives.losses import (
     logit_norm,
     mixed_pass,
     one_hot,
+    settled,
     sharpen,
 )
 from training.objectives.meta import Engine, Lookahead, MetaProblem, meta_gradient
@@ -94,7 +95,8 @@ class Ieg(Objective):
             workers = Alone()
         weak_BK = model(batch.weak_BCHW)
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
-        strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
+        with torch.set_grad_enabled(self.kl > 0):
+            strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
         given_BK = one_hot(batch.label_B, weak_BK)
         guess_BK = self._guesses(weak_BK.detach(), strong_BK.detach(), workers)
         pseudo_BK = sharpen(guess_BK, self.temperature)
@@ -117,16 +119,17 @@ class Ieg(Objective):
             chosen_BK = torch.where(trust_B[:, None] > 0, given_BK, pseudo_BK)
             parts["relabelled"] = cross_entropy(chosen_BK, weak_BK).mean()
             total = total + self.label_weight * parts["relabelled"]
+        if self.kl > 0:
+            anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
+            parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
+            total = total + self.kl * pace * parts["consistency"]
         if self.mixup != "off":
+            total = settled(total, model)  # the joint pass is the largest: let it be alone in memory
             # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
             keeps_B = weight_B >= self.threshold * len(weight_B) * workers.size
             label_BK = torch.where(keeps_B[:, None], given_BK, pseudo_BK) if self.threshold < 1 else pseudo_BK
             parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
-        if self.kl > 0:
-            anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
-            parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
-            total = total + self.kl * pace * parts["consistency"]
 
         loss_B = F.cross_entropy(weak_BK.detach(), batch.label_B, reduction="none")
         return Outcome(

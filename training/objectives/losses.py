@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +57,34 @@ def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
     return functional_call(model, buffers, (image_BCHW,))
 
 
+class _Settled(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters_and_gradients: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*parameters_and_gradients[len(parameters_and_gradients) // 2 :])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slope: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [None if gradient is None else slope[0] * gradient for gradient in ctx.saved_tensors]
+        return None, *gradients, *[None] * len(gradients)
+
+
+def settled(loss: Tensor, model: nn.Module) -> Tensor:
+    """The same loss, with the same gradients in the model's parameters, its backward pass done and its graph freed.
+
+    What is forwarded next then finds the memory of these activations free.
+    """
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return _Settled.apply(loss.detach(), *parameters, *gradients)
+
+
 def one_hot(label_B: Tensor, like_BK: Tensor) -> Tensor:
     """Labels as probabilities, B×K, of the type of `like_BK`."""
-    return F.one_hot(label_B, like_BK.shape[1]).to(like_BK.dtype)
+    # F.one_hot looks at the labels on the host.
+    return like_BK.new_zeros(len(label_B), like_BK.shape[1]).scatter_(1, label_B[:, None], 1)
 
 
 def mixing_draws(
@@ -82,7 +108,8 @@ def mixing_draws(
         beta_nR[group] = rng.beta(alpha, alpha, rows)
     if fold:
         beta_nR = np.maximum(beta_nR, 1 - beta_nR)
-    return torch.from_numpy(partner_nR).to(device), torch.from_numpy(beta_nR).to(device, dtype)
+    partner, beta = (torch.from_numpy(array).to(device, non_blocking=True) for array in (partner_nR, beta_nR))
+    return partner, beta.to(dtype)
 
 
 def mix(x_nR: Tensor, partner_nR: Tensor, beta_nR: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
+from training.objectives.tangents import FusedTangents
 
 Engine = Literal["forward", "second_order", "difference"]
 Lookahead = Literal["momentum", "sgd", "l2r"]
@@ -94,39 +96,47 @@ def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[T
     return problem.workers.mean(gradients)
 
 
+def _plus(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """values + factor·others, where there is another; in a few kernels, however many tensors."""
+    both = [name for name in values if name in others]
+    if not both:
+        return dict(values)
+    sums = torch._foreach_add([values[name] for name in both], [others[name] for name in both], alpha=factor)
+    return {**values, **dict(zip(both, sums, strict=True))}
+
+
+def _decayed(problem: MetaProblem, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if name in problem.moment.decayed}
+
+
 def _looked_ahead(
     problem: MetaProblem, theta: Mapping[str, Tensor], gradients: Sequence[Tensor] | None
 ) -> dict[str, Tensor]:
     """θ' = θ − α(μ·m + ∇inner + weight decay), the optimiser's own next step with step size α."""
     if gradients is None:
         return dict(theta)
-    moment, ahead = problem.moment, {}
-    for (name, value), gradient in zip(theta.items(), gradients, strict=True):
-        step = gradient
-        if name in moment.decayed:
-            step = step + moment.weight_decay * value
-        if problem.lookahead == "momentum" and name in moment.momentum_buffers:
-            step = step + moment.momentum * moment.momentum_buffers[name]
-        ahead[name] = value - problem.alpha * step
-    return ahead
+    moment = problem.moment
+    step = dict(zip(theta, gradients, strict=True))
+    step = _plus(step, _decayed(problem, theta), moment.weight_decay)
+    if problem.lookahead == "momentum":
+        step = _plus(step, moment.momentum_buffers, moment.momentum)
+    return _plus(theta, step, -problem.alpha)
 
 
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
-    """L^p(θ'): this worker's mean cross-entropy on its probe batch, batch norm in train mode."""
+    """This worker's mean cross-entropy on its probe batch at θ', batch norm in train mode."""
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     logits_MK = functional_call(problem.model, {**ahead, **buffers}, (problem.batch.probe_MCHW,))
-    loss = F.cross_entropy(logits_MK, problem.batch.probe_label_M)
-    if problem.probe_decay:
-        decay = sum(ahead[name].square().sum() for name in ahead if name in problem.moment.decayed)
-        loss = loss + problem.moment.weight_decay / 2 * decay
-    return loss
+    return F.cross_entropy(logits_MK, problem.batch.probe_label_M)
 
 
 def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """v = ∇_θ' L^p(θ'), averaged over the workers."""
     leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
     gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
-    return dict(zip(leaves, problem.workers.mean(gradients), strict=True))
+    direction = dict(zip(leaves, problem.workers.mean(gradients), strict=True))
+    with torch.no_grad():
+        return _plus(direction, _decayed(problem, ahead), problem.moment.weight_decay * problem.probe_decay)
 
 
 def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
@@ -137,9 +147,10 @@ def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
 
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
-    detached = {name: value.detach() for name, value in theta.items()}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # flash attention has no forward mode
-        return jvp(lambda values: _weak_logits(problem, values), (detached,), (direction,))[1]
+    # Flash attention has no forward mode.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents():
+        moving = {name: make_dual(value.detach(), direction[name]) for name, value in theta.items()}
+        return unpack_dual(_weak_logits(problem, moving)).tangent
 
 
 def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
@@ -166,6 +177,10 @@ def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
         ahead = {n: v - problem.alpha * g for (n, v), g in zip(theta.items(), averaged, strict=True)}
     else:
         ahead = _looked_ahead(problem, theta, averaged)
-    gradients_B = torch.autograd.grad(_probe_loss(problem, ahead), (omega_B, lambda_B), retain_graph=True)
+    loss = _probe_loss(problem, ahead)
+    if problem.probe_decay:
+        decay = sum(value.square().sum() for value in _decayed(problem, ahead).values())
+        loss = loss + problem.moment.weight_decay / 2 * decay
+    gradients_B = torch.autograd.grad(loss, (omega_B, lambda_B), retain_graph=True)
     # Autograd sees the sum of the workers' probe losses; L^p is their mean.
     return gradients_B[0] / problem.workers.size, gradients_B[1] / problem.workers.size

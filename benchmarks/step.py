@@ -1,0 +1,129 @@
+"""What a whole training step of the method costs beside a vanilla step, exactly and by each saving. Needs torch alone.
+
+    python -m benchmarks.step --out benchmarks/results/step.json
+
+A step is `training.step.update`: passes, coefficients, backward, SGD and moving average; vanilla is cross-entropy with
+SGD. One round runs each variant once, in turn: `ms` is the median over rounds, `ratio_to_vanilla` the median of each
+round's own ratio, which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's
+allocator holds beyond what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an
+`error`. A timm network, such as resnet50, is measured where timm is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.meta_gradient import Row, elapsed, peak_memory, prepare
+from training.objectives.ieg import winnow
+from training.objectives.interface import Alone, Batch, Objective
+from training.objectives.supervised import Supervised
+from training.passes import Passes
+from training.state import TrainState
+from training.step import update
+
+VARIANTS: dict[str, Objective] = {
+    "vanilla": Supervised(average_parameters=False),
+    "exact": winnow(),
+    "second_order": replace(winnow(), engine="second_order"),
+    "difference": replace(winnow(), engine="difference"),
+}
+FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
+GROUPS, WARM_UPS = 2, 2
+
+
+def stepping(network: str, size: int, batch: int, dtype: str, device: torch.device) -> dict[str, Callable[[], object]]:
+    """One step of each variant, each on a network of its own with the same weights and batch."""
+    model, held, _ = prepare(network, size, batch, device)
+    flipped = held.weak_BCHW.flip(3).contiguous(memory_format=torch.channels_last)
+    held = replace(held, strong_BCHW=flipped, group_keys=tuple(range(GROUPS)))
+    return {name: partial(_step, _state(deepcopy(model), dtype, one), one, held) for name, one in VARIANTS.items()}
+
+
+def _state(model: torch.nn.Module, dtype: str, objective: Objective) -> TrainState:
+    if dtype == "bf16":
+        model = Passes(model, chunks=1, dtype=torch.bfloat16, channels_last=True)
+    elif next(model.parameters()).is_cuda:
+        model.to(memory_format=torch.channels_last)
+    everything = frozenset(dict(model.named_parameters()))
+    average = objective.average_parameters
+    return TrainState(model, momentum=0.9, weight_decay=5e-4, decayed=everything, average=average)
+
+
+def _step(state: TrainState, objective: Objective, batch: Batch) -> None:
+    update(state, objective, batch, lr=0.01, workers=Alone())
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def measure(network: str, size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> Iterator[Row]:
+    """One row a variant, printed too."""
+    errors: dict[str, str] = {}
+
+    def attempt(name: str, call: Callable[[], Any]) -> Any:
+        try:
+            return None if name in errors or "network" in errors else call()
+        except (RuntimeError, MemoryError, ImportError, ValueError) as error:
+            errors[name] = f"{name}: {str(error).strip() or type(error).__name__}".splitlines()[0]
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+
+    calls = attempt("network", lambda: stepping(network, size, batch, dtype, device)) or {}
+    for _ in range(WARM_UPS):
+        for name, call in calls.items():
+            attempt(name, call)
+    peaks = {name: attempt(name, partial(peak_memory, call, device)) for name, call in calls.items()}
+    taken = [{n: attempt(n, partial(elapsed, c, device)) for n, c in calls.items()} for _ in range(rounds)]
+    for name in VARIANTS:
+        row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
+        row |= dict.fromkeys(FORMATS)
+        if calls and not {"vanilla", name} & set(errors):
+            row["ms"] = 1e3 * statistics.median(times[name] for times in taken)
+            row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken)
+            row["memory_ratio"] = peaks[name] / peaks["vanilla"]
+        failed = [errors[part] for part in ("network", "vanilla", name) if part in errors]
+        cells = [f"{'–' if row[n] is None else format(row[n], form):>{len(n) + 2}}" for n, form in FORMATS.items()]
+        print(f"{network:<11}{dtype:<9}{name:<14}" + "".join(cells), *failed, flush=True)
+        yield row | ({"error": "; ".join(failed)} if failed else {})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Time and memory of a training step against a vanilla one.")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--networks", nargs="+", help="wrn-10-1 resnet29; on a GPU resnet29 wrn-28-10 resnet50")
+    parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 50, on a GPU 100")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bf16"), help="float32; on a GPU both")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", type=int, help="pixels a side; 32, of a timm network 224")
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = device.type == "cuda"
+    batch, networks = (100, ["resnet29", "wrn-28-10", "resnet50"]) if gpu else (50, ["wrn-10-1", "resnet29"])
+    torch.set_num_threads(torch.get_num_threads() if gpu else 1)  # one is steadier
+    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    told: dict[str, Any] = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    told |= {"load": os.getloadavg()[0], "rows": []}
+    print(*(f"{key} {value}" for key, value in told.items() if key != "rows"), sep=", ")
+    print(f"{'network':<11}{'dtype':<9}{'variant':<14}" + "".join(f"{name:>{len(name) + 2}}" for name in FORMATS))
+    for network in chosen.networks or networks:
+        size = chosen.size or (32 if network.startswith(("wrn", "resnet29")) else 224)
+        for dtype in chosen.dtypes or (["float32", "bf16"] if gpu else ["float32"]):
+            told["rows"] += measure(network, size, chosen.batch or batch, dtype, device, chosen.rounds)
+            chosen.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
