@@ -47,6 +47,7 @@ GLOBAL = {
     "paper": paper(),
     "winnow": winnow(),
     "threshold": replace(reference(), threshold=1 / 16),
+    "savings": replace(winnow(), meta_scope="last_block", meta_probe=0.5, meta_every=2),
     "second_order": replace(reference(), engine="second_order"),
     "second_order of paper": replace(paper(), engine="second_order"),
     "second_order of reweight": Reweight(engine="second_order"),

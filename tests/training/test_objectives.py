@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training import networks
 from training.objectives.ieg import Ieg, paper, reference
 from training.objectives.interface import Alone
 from training.objectives.losses import (
@@ -26,6 +27,7 @@ from training.objectives.losses import (
     mixing_draws,
     sharpen,
 )
+from training.objectives.meta import parameters_of
 from training.recipe import METHODS
 
 EXAMPLES = 40  # of the training set that the problem's batch is of
@@ -57,7 +59,14 @@ SWITCHED = {
     "second order in paper": replace(paper(), engine="second_order"),
     "per replica": replace(reference(), scope="replica"),
     "difference": replace(reference(), engine="difference"),
+    "last block": replace(reference(), meta_scope="last_block"),
+    "last layer": replace(reference(), meta_scope="last_layer"),
+    "last layer in paper": replace(paper(), meta_scope="last_layer"),
+    "last block by second order": replace(reference(), meta_scope="last_block", engine="second_order"),
+    "fewer trusted": replace(reference(), meta_probe=0.4),
+    "all savings": replace(reference(), meta_scope="last_block", meta_probe=0.4, meta_every=3),
 }
+SCOPES = {"all": "", "last_block": ("blocks.2.", "norm.", "head."), "last_layer": "head."}
 IEG = {**{name: METHODS[name]() for name in ("reference", "paper", *(f"M-{n}" for n in range(1, 11)))}, **SWITCHED}
 STAGED = (
     "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mixmatch",
@@ -289,7 +298,7 @@ def by_the_method(ieg, problem):
     omega_B = torch.full((B,), omega0, dtype=torch.float64, requires_grad=True)
     lambda_B = torch.full((B,), lambda0, dtype=torch.float64, requires_grad=True)
     inner = (omega_B * soft_ce(lambda_B[:, None] * y_BK + (1 - lambda_B[:, None]) * g_BK, a_BK)).sum()
-    theta = dict(model.named_parameters())
+    theta = {name: value for name, value in model.named_parameters() if name.startswith(SCOPES[ieg.meta_scope])}
     ahead = {}
     for (name, value), slope in zip(
         theta.items(), torch.autograd.grad(inner, list(theta.values()), create_graph=True), strict=True
@@ -299,9 +308,12 @@ def by_the_method(ieg, problem):
         if ieg.lookahead == "momentum":
             slope = slope + moment.momentum * moment.momentum_buffers[name]
         ahead[name] = value - alpha * slope
-    probe = F.cross_entropy(forward_with(model, ahead, batch.probe_MCHW), batch.probe_label_M)
+    of_group = len(batch.probe_label_M) // n
+    kept = [i for i in range(len(batch.probe_label_M)) if i % of_group < round(ieg.meta_probe * of_group)]
+    probe = F.cross_entropy(forward_with(model, ahead, batch.probe_MCHW[kept]), batch.probe_label_M[kept])
     if ieg.probe_decay:
-        probe = probe + moment.weight_decay / 2 * sum((ahead[name] ** 2).sum() for name in moment.decayed)
+        decayed = [value for name, value in ahead.items() if name in moment.decayed]
+        probe = probe + moment.weight_decay / 2 * sum((value**2).sum() for value in decayed)
     d_omega_B, d_lambda_B = torch.autograd.grad(probe, (omega_B, lambda_B), retain_graph=True)
     raw_B = torch.relu((omega0 if ieg.weights == "step" else 0.0) - d_omega_B)
     weight_B = raw_B / (raw_B.sum() + 1e-5)
@@ -366,6 +378,7 @@ def test_the_method_is_what_method_md_says(name, ran, problem):
 
 def test_every_switch_changes_the_outcome(ran):
     alike = {"second order": "reference", "second order in paper": "paper", "per replica": "reference"}
+    alike |= {"last block by second order": "last block"}
     for name in SWITCHED:
         preset = alike.get(name, "paper" if name.endswith("in paper") else "reference")
         gap = max(
@@ -411,6 +424,10 @@ def test_negative_meta_gradients_trust_and_others_do_not(problem, monkeypatch):
         ({"lambda0": -0.01}, "objective.lambda0 is -0.01"),
         ({"temperature": 0.0}, "objective.temperature is 0.0: it must be above 0"),
         ({"lookahead_lr": 0.0}, "objective.lookahead_lr is 0.0: it must be above 0, or None"),
+        ({"meta_probe": 0.0}, "objective.meta_probe is 0.0: it must be above 0 and at most 1"),
+        ({"meta_probe": 1.1}, "objective.meta_probe is 1.1"),
+        ({"meta_every": 0}, "objective.meta_every is 0: it must be 1 or more"),
+        ({"meta_every": 2, "scope": "replica"}, "objective.meta_every needs objective.scope global"),
         ({"lookahead": "l2r"}, "objective.lookahead l2r .* set objective.relabel to False"),
     ],
 )
@@ -423,6 +440,68 @@ def test_fields_at_their_ends_are_accepted(problem):
     for ends in ({"p": 0.0, "kl": 0.0, "threshold": 0.0, "lambda0": 0.0}, {"lambda0": 1.0, "label_weight": 0.0}):
         outcome, _ = call(replace(reference(), **ends), problem.fresh())
         assert torch.isfinite(outcome.total)
+
+
+def test_between_meta_steps_examples_keep_their_coefficients(problem, monkeypatch):
+    """A batch of which some were judged at step 0, one of them twice, and some never."""
+    objective, batch = replace(reference(), meta_every=2), problem.batch
+    memory = objective.memory(problem.model, EXAMPLES, batch.classes)
+    row_B = batch.row_B.clone()
+    row_B[1] = row_B[0]
+    moment = replace(problem.moment, memory=memory)
+    judged = objective(problem.model, replace(batch, row_B=row_B), moment, Alone()).coefficients
+    weight_N, trust_N = (torch.full((EXAMPLES,), value, dtype=torch.float64) for value in (1.0, 0.9))
+    weight_N[row_B], trust_N[row_B] = judged.weight_B, judged.trust_B
+    weight_N[row_B[0]], trust_N[row_B[0]] = judged.weight_B[:2].mean(), judged.trust_B[:2].mean()
+
+    never = [row for row in range(EXAMPLES) if row not in row_B]
+    row_B[6:] = torch.tensor(never[:6])
+    monkeypatch.setattr("training.objectives.ieg.meta_gradient", None)
+    outcome = objective(problem.model, replace(batch, row_B=row_B), replace(moment, step=1), Alone())
+    kept = outcome.coefficients
+    raw_B = weight_N[row_B]
+    torch.testing.assert_close(kept.weight_B, len(raw_B) * raw_B / (raw_B.sum() + 1e-5))
+    assert torch.equal(kept.trust_B, trust_N[row_B])
+    assert 0 < (kept.trust_B == 0.9).sum() < len(row_B)
+    outcome.total.backward()
+    monkeypatch.undo()
+    again = objective(problem.model, replace(batch, row_B=row_B), replace(moment, step=2), Alone()).coefficients
+    assert set(again.trust_B.tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("network", "block", "layer"),
+    [
+        ("wrn-16-1", "blocks.5.", "head."),
+        ("resnet29", "blocks.8.", "head."),
+        ("resnet18", "layer4.1.", "fc."),
+        ("mobilenetv3_small_050", "blocks.5.", "classifier."),
+    ],
+)
+def test_the_last_block_and_layer_are_found(network, block, layer):
+    model = networks.build(network, 3, 5, seed=0)
+    names = list(dict(model.named_parameters()))
+    of_block, of_layer = (list(parameters_of(model, scope, 5)) for scope in ("last_block", "last_layer"))
+    assert of_block == names[-len(of_block) :]
+    assert of_block[0].startswith(block)
+    assert [name for name in names if name.startswith(block)] == of_block[: sum(n.startswith(block) for n in of_block)]
+    assert of_layer == [f"{layer}weight", f"{layer}bias"]
+    assert list(parameters_of(model, "all", 5)) == names
+
+
+def test_a_network_without_blocks_is_told_so():
+    with pytest.raises(ValueError, match=r"set objective\.meta_scope to all"):
+        parameters_of(torch.nn.Linear(2, 5), "last_block", 5)
+
+
+def test_every_pass_is_channels_last_where_the_images_are(problem):
+    names = ("weak_BCHW", "strong_BCHW", "probe_MCHW")
+    images = {name: getattr(problem.batch, name).contiguous(memory_format=torch.channels_last) for name in names}
+    seen = []
+    problem.model.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    call(replace(reference(), meta_probe=0.4), replace(problem, batch=replace(problem.batch, **images)))
+    assert [len(image) for image in seen] == [12, 12, 4, 12, 34]
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in seen)
 
 
 # The small formulas.

@@ -89,6 +89,7 @@ GLOBAL = [
     "paper",
     "winnow",
     "threshold",
+    "savings",
     "second_order",
     "second_order of paper",
     "second_order of reweight",
@@ -118,7 +119,7 @@ def test_two_workers_train_as_one(case, tolerance, both, alone, ranks):
             torch.testing.assert_close(found_B, expected_B, rtol=100 * tolerance, atol=100 * tolerance)
 
 
-@pytest.mark.parametrize("case", BASELINES)
+@pytest.mark.parametrize("case", [*BASELINES, "savings"])
 def test_memory_is_the_same_on_both_workers_and_on_one(case, both, alone):
     one, two = alone[case]["memory"], [worker["runs"][case]["memory"] for worker in both]
     assert one.keys() == two[0].keys() == two[1].keys()

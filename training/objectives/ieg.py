@@ -1,6 +1,6 @@
 """The full method of "Distilling Effective Supervision from Severe Label Noise" (CVPR 2020), and its presets.
 
-Shapes: B noisy examples, K classes.
+Shapes: B noisy examples, M probe examples in n groups of R, N training examples, K classes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,33 @@ from training.objectives.losses import (
     settled,
     sharpen,
 )
-from training.objectives.meta import Engine, Lookahead, MetaProblem, meta_gradient
+from training.objectives.memory import seen
+from training.objectives.meta import Engine, Lookahead, MetaProblem, MetaScope, meta_gradient
 from training.objectives.reweight import normalised_weights
+
+
+class LastCoefficients(nn.Module):
+    """Of each training example, ω relative to 1/B and λ of its last meta step; 2N numbers on every worker."""
+
+    weight_N: Tensor
+    trust_N: Tensor
+
+    def __init__(self, examples: int, trust0: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight_N", torch.ones(examples, dtype=dtype))
+        self.register_buffer("trust_N", torch.full((examples,), trust0, dtype=dtype))
+
+
+def _first_trusted(batch: Batch, share: float) -> Batch:
+    # The batch with the first trusted images of each group: fewer, and the same ones on any number of workers.
+    image_nRCHW, label_nR = (
+        x.unflatten(0, (len(batch.group_keys), -1)) for x in (batch.probe_MCHW, batch.probe_label_M)
+    )
+    kept = max(1, round(share * label_nR.shape[1]))
+    if kept == label_nR.shape[1]:
+        return batch
+    image_MCHW = image_nRCHW[:, :kept].flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return replace(batch, probe_MCHW=image_MCHW, probe_label_M=label_nR[:, :kept].flatten())
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,12 @@ class Ieg(Objective):
     """c, the weight of L_ω* + L_λ* (the authors' code ½, the paper 1)."""
     engine: Engine = "forward"
     """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+    meta_scope: MetaScope = "all"
+    """The meta step looks at all parameters (exact), or at those of the last block or layer alone (cheaper)."""
+    meta_probe: float = 1.0
+    """Share of each group's trusted images that the meta step reads, above 0 to 1 (1: exact)."""
+    meta_every: int = 1
+    """Steps from one meta step to the next; between them each example keeps its last ω and λ (1: exact)."""
     scope: Literal["global", "replica"] = "global"
     """Coefficients and logit norm over all workers, independent of their number, or per worker (the authors' code)."""
     lookahead: Lookahead = "momentum"
@@ -82,12 +113,24 @@ class Ieg(Objective):
             raise ValueError(f"objective.lambda0 is {self.lambda0}: it must be between 0 and 1")
         if not self.temperature > 0:
             raise ValueError(f"objective.temperature is {self.temperature}: it must be above 0")
+        if not 0 < self.meta_probe <= 1:
+            raise ValueError(f"objective.meta_probe is {self.meta_probe}: it must be above 0 and at most 1")
+        if self.meta_every < 1:
+            raise ValueError(f"objective.meta_every is {self.meta_every}: it must be 1 or more")
+        if self.meta_every > 1 and self.scope == "replica":
+            raise ValueError("objective.meta_every needs objective.scope global: workers share what they remember")
         if self.lookahead_lr is not None and not self.lookahead_lr > 0:
             raise ValueError(f"objective.lookahead_lr is {self.lookahead_lr}: it must be above 0, or None")
         if self.lookahead == "l2r" and self.relabel:
             raise ValueError(
                 "objective.lookahead l2r has ω0 = 0, which hides λ: set objective.relabel to False with it"
             )
+
+    def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
+        """Every example's last ω and λ, where not every step has a meta step."""
+        if self.meta_every == 1:
+            return nn.Module()
+        return LastCoefficients(examples, self.lambda0 if self.relabel else 1.0, next(model.parameters()).dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
@@ -116,7 +159,7 @@ class Ieg(Objective):
         parts = {"weighted": (weight_B * cross_entropy(target_BK, weak_BK)).mean()}
         total = self.label_weight * parts["weighted"]
         if self.relabel:
-            chosen_BK = torch.where(trust_B[:, None] > 0, given_BK, pseudo_BK)
+            chosen_BK = trust_B[:, None] * given_BK + (1 - trust_B[:, None]) * pseudo_BK
             parts["relabelled"] = cross_entropy(chosen_BK, weak_BK).mean()
             total = total + self.label_weight * parts["relabelled"]
         if self.kl > 0:
@@ -165,14 +208,20 @@ class Ieg(Objective):
         trust0: float,
     ) -> tuple[Tensor, Tensor]:
         """ω* relative to 1/B, and λ* (step 4, eqs. 2 and 6)."""
+        memory = moment.memory
+        if isinstance(memory, LastCoefficients) and moment.step % self.meta_every:
+            return normalised_weights(memory.weight_N[batch.row_B], workers), memory.trust_N[batch.row_B]
         problem = MetaProblem(
-            model, batch, moment, workers, weak_BK, given_BK, pseudo_BK,
-            trust0, self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay,
+            model, _first_trusted(batch, self.meta_probe), moment, workers, weak_BK, given_BK, pseudo_BK,
+            trust0, self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
         )  # fmt: skip
         omega_gradient_B, lambda_gradient_B = meta_gradient(self.engine, problem)
         initial = problem.omega0 if self.weights == "step" else 0.0
         weight_B = normalised_weights(initial - omega_gradient_B, workers)
         trust_B = (lambda_gradient_B < 0).to(weight_B.dtype) if self.relabel else torch.ones_like(weight_B)
+        if isinstance(memory, LastCoefficients):
+            rows_U, (weight_U, trust_U) = seen(batch.row_B, [weight_B, trust_B], workers)
+            memory.weight_N[rows_U], memory.trust_N[rows_U] = weight_U, trust_U
         return weight_B, trust_B
 
     def _mixup_losses(

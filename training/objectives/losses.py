@@ -1,6 +1,6 @@
 """The small formulas that objectives share.
 
-Shapes: B noisy examples, M probe examples, K classes, n groups of R rows, images C×H×W.
+Shapes: B noisy examples, M probe examples, K classes, n groups of R rows, N = n·R, images C×H×W.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def mixed_pass(
         dtype, device = image_nRCHW.dtype, image_nRCHW.device
         draws = mixing_draws(batch.group_keys, rows, fold=fold, dtype=dtype, device=device, alpha=alpha)
         image_nRCHW, target_nRK = mix(image_nRCHW, *draws), mix(target_nRK, *draws)
-    logits_nRK = forward_aside(model, image_nRCHW.flatten(0, 1)).unflatten(0, (n, rows))
+    # Mixing has laid the images out channel by channel; all others are stored channels last, as convolutions like it.
+    image_NCHW = image_nRCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    logits_nRK = forward_aside(model, image_NCHW).unflatten(0, (n, rows))
     of_probe, of_noisy = slice(probes), slice(probes, None)
     return Mixed(
         logits_nRK[:, of_probe].flatten(0, 1),

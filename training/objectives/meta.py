@@ -5,6 +5,8 @@ Three engines with one signature. With v = ∇L^p(θ') and t = J_θΦ(weak)·v, 
 
     ∂L^p/∂ω_i = −α (q_i − P_i)·t_i        ∂L^p/∂λ_i = −α ω0 (g_i − y_i)·t_i
 
+where θ are all parameters, or those of the last layers alone: then nothing before them is computed again.
+
 Shapes: B noisy examples, M probe examples, K classes.
 """
 
@@ -23,10 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
+from training.objectives.memory import classifier
 from training.objectives.tangents import FusedTangents
 
 Engine = Literal["forward", "second_order", "difference"]
 Lookahead = Literal["momentum", "sgd", "l2r"]
+MetaScope = Literal["all", "last_block", "last_layer"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class MetaProblem:
     lookahead: Lookahead  # "l2r": ω0 = 0, so that θ' = θ
     probe_decay: bool  # weight decay on θ' in the meta loss
     weight_B: Tensor | float = 1.0  # the initial weight of each example, relative to ω0
+    scope: MetaScope = "all"  # which parameters the lookahead moves, and the meta gradient goes through
 
     @property
     def omega0(self) -> float:
@@ -53,12 +58,39 @@ class MetaProblem:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters θ, by name."""
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        """The trainable parameters θ in the scope, by name."""
+        held = parameters_of(self.model, self.scope, self.batch.classes)
+        return {name: value for name, value in held.items() if value.requires_grad}
 
     def target(self, trust_B1: Tensor | float) -> Tensor:
         """P(λ) = λ·y + (1−λ)·g, B×K (eq. 5)."""
         return trust_B1 * self.given_BK + (1 - trust_B1) * self.pseudo_BK
+
+
+def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str, Tensor]:
+    """The parameters in a scope, by name.
+
+    "last_layer" is the last linear layer with K outputs; "last_block" the last element with a kernel of the network's
+    last outermost `nn.Sequential`, and all that comes after it. Raises ValueError where there is none.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if scope == "all":
+        return parameters
+    if scope == "last_layer":
+        kept = {id(value) for value in classifier(model, classes).parameters()}
+        return {name: value for name, value in parameters.items() if id(value) in kept}
+    blocks: list[str] = []
+    outermost = ""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and not (outermost and path.startswith(outermost)):
+            outermost = f"{path}."
+            children = module.named_children()
+            blocks += [f"{outermost}{n}." for n, child in children if any(p.dim() > 1 for p in child.parameters())]
+    if not blocks:
+        raise ValueError("this network has no nn.Sequential of blocks: set objective.meta_scope to all or last_layer")
+    names = list(parameters)
+    first = next(place for place, name in enumerate(names) if name.startswith(blocks[-1]))
+    return {name: parameters[name] for name in names[first:]}
 
 
 def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]:
@@ -78,6 +110,8 @@ def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]
 def logit_slope(engine: Literal["forward", "difference"], problem: MetaProblem) -> Tensor:
     """t = J_θΦ(weak)·∇L^p(θ'), B×K: how the logits would rise along the probe loss after the lookahead."""
     theta = problem.parameters
+    if engine == "forward" and problem.scope != "all":
+        return _backward_twice(problem, theta)
     direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
     return (_forward_mode if engine == "forward" else _difference)(problem, theta, direction)
 
@@ -126,7 +160,8 @@ def _looked_ahead(
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
     """This worker's mean cross-entropy on its probe batch at θ', batch norm in train mode."""
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    logits_MK = functional_call(problem.model, {**ahead, **buffers}, (problem.batch.probe_MCHW,))
+    fixed = {name: value.detach() for name, value in problem.model.named_parameters()}  # what is not in the scope
+    logits_MK = functional_call(problem.model, {**fixed, **ahead, **buffers}, (problem.batch.probe_MCHW,))
     return F.cross_entropy(logits_MK, problem.batch.probe_label_M)
 
 
@@ -151,6 +186,22 @@ def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents():
         moving = {name: make_dual(value.detach(), direction[name]) for name, value in theta.items()}
         return unpack_dual(_weak_logits(problem, moving)).tangent
+
+
+def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
+    """t exactly, B×K, from the graph that the weak pass has left: Jᵀu is linear in u, and t = ∂⟨Jᵀu, v⟩/∂u.
+
+    Through whole networks this takes longer than forward mode, through batch norm above all (docs/log.md).
+    """
+    residual_BK = problem.logits_BK.detach().softmax(1) - problem.target(problem.lambda0)
+    weights = torch.as_tensor(problem.weight_B).reshape(-1, 1)
+    u_BK = (weights * residual_BK / len(residual_BK)).requires_grad_()  # of the inner loss
+    gradients = torch.autograd.grad(problem.logits_BK, list(theta.values()), u_BK, create_graph=True)
+    inner = None
+    if problem.lookahead != "l2r":
+        inner = problem.workers.mean([gradient.detach() for gradient in gradients])
+    direction = _probe_gradient(problem, _looked_ahead(problem, theta, inner))
+    return torch.autograd.grad(gradients, u_BK, list(direction.values()))[0]
 
 
 def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
