@@ -3,10 +3,11 @@
     python -m benchmarks.step --out benchmarks/results/step.json
 
 A step is `training.step.update`: passes, coefficients, backward, SGD and moving average; vanilla is cross-entropy with
-SGD. One round runs each variant once, in turn: `ms` is the median over rounds, `ratio_to_vanilla` the median of each
-round's own ratio, which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's
-allocator holds beyond what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an
-`error`. A timm network, such as resnet50, is measured where timm is installed.
+SGD. One round runs each variant in turn, from one meta step to the next where not every step has one. `ms` is the
+median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is the median of each round's own ratio,
+which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
+what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
+network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.meta_gradient import Row, elapsed, peak_memory, prepare
+from benchmarks.meta_gradient import CLASSES, Row, elapsed, peak_memory, prepare
 from training.objectives.ieg import winnow
 from training.objectives.interface import Alone, Batch, Objective
 from training.objectives.supervised import Supervised
@@ -38,32 +39,52 @@ VARIANTS: dict[str, Objective] = {
     "exact": winnow(),
     "second_order": replace(winnow(), engine="second_order"),
     "difference": replace(winnow(), engine="difference"),
+    "last_block": replace(winnow(), meta_scope="last_block"),
+    "last_layer": replace(winnow(), meta_scope="last_layer"),
+    "probe_quarter": replace(winnow(), meta_probe=0.25),
+    "every_4": replace(winnow(), meta_every=4),
+    "block_every_2": replace(winnow(), meta_scope="last_block", meta_every=2),
 }
 FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
 GROUPS, WARM_UPS = 2, 2
 
 
 def stepping(network: str, size: int, batch: int, dtype: str, device: torch.device) -> dict[str, Callable[[], object]]:
-    """One step of each variant, each on a network of its own with the same weights and batch."""
+    """Steps of each variant (as many as `cycle` says), each on a network of its own with the same weights and batch."""
     model, held, _ = prepare(network, size, batch, device)
     flipped = held.weak_BCHW.flip(3).contiguous(memory_format=torch.channels_last)
     held = replace(held, strong_BCHW=flipped, group_keys=tuple(range(GROUPS)))
-    return {name: partial(_step, _state(deepcopy(model), dtype, one), one, held) for name, one in VARIANTS.items()}
+    return {
+        name: partial(_steps, _state(deepcopy(model), dtype, objective, batch), objective, held)
+        for name, objective in VARIANTS.items()
+    }
 
 
-def _state(model: torch.nn.Module, dtype: str, objective: Objective) -> TrainState:
+def _state(model: torch.nn.Module, dtype: str, objective: Objective, batch: int) -> TrainState:
     if dtype == "bf16":
         model = Passes(model, chunks=1, dtype=torch.bfloat16, channels_last=True)
     elif next(model.parameters()).is_cuda:
         model.to(memory_format=torch.channels_last)
-    everything = frozenset(dict(model.named_parameters()))
-    average = objective.average_parameters
-    return TrainState(model, momentum=0.9, weight_decay=5e-4, decayed=everything, average=average)
+    return TrainState(
+        model,
+        momentum=0.9,
+        weight_decay=5e-4,
+        decayed=frozenset(dict(model.named_parameters())),
+        average=objective.average_parameters,
+        memory=objective.memory(model, batch, CLASSES).to(next(model.parameters()).device),
+    )
 
 
-def _step(state: TrainState, objective: Objective, batch: Batch) -> None:
-    update(state, objective, batch, lr=0.01, workers=Alone())
-    state.optimizer.zero_grad(set_to_none=True)
+def _steps(state: TrainState, objective: Objective, batch: Batch) -> None:
+    # As many as there are from one meta step to the next.
+    for _ in range(cycle(objective)):
+        update(state, objective, batch, lr=0.01, workers=Alone())
+        state.optimizer.zero_grad(set_to_none=True)
+
+
+def cycle(objective: Objective) -> int:
+    """Steps after which the work of a step repeats."""
+    return getattr(objective, "meta_every", 1)
 
 
 def measure(network: str, size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> Iterator[Row]:
@@ -89,8 +110,9 @@ def measure(network: str, size: int, batch: int, dtype: str, device: torch.devic
         row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
         row |= dict.fromkeys(FORMATS)
         if calls and not {"vanilla", name} & set(errors):
-            row["ms"] = 1e3 * statistics.median(times[name] for times in taken)
-            row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken)
+            steps = cycle(VARIANTS[name])
+            row["ms"] = 1e3 * statistics.median(times[name] for times in taken) / steps
+            row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken) / steps
             row["memory_ratio"] = peaks[name] / peaks["vanilla"]
         failed = [errors[part] for part in ("network", "vanilla", name) if part in errors]
         cells = [f"{'–' if row[n] is None else format(row[n], form):>{len(n) + 2}}" for n, form in FORMATS.items()]

@@ -1,0 +1,168 @@
+"""How far the coefficients of the savings of `benchmarks.step` are from exact ones while training, and the accuracy.
+
+    python -m benchmarks.savings --data ../shared/data --out benchmarks/results/savings.json
+
+Real CIFAR-10 at 16 px with 80 % uniform noise, WRN-10-1, in one process without Ray. The first run trains exactly, and
+at the steps of `--look` asks every variant for its ω* and λ* of the same batch and state: `weight_rel_error` is
+‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or neither count (ω > 0), `trust_agreement` the
+share of equal λ. ω° and λ° are those of the exact engine in float64; what `meta_every` remembers are exact ones of
+earlier steps. Then each variant trains by itself to the end of
+one cosine cycle; `top1` is on all test images. `--data` is as for `benchmarks.label_noise`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.label_noise import small
+from benchmarks.step import VARIANTS
+from pipeline.dataset import Dataset
+from pipeline.noise import Noise
+from pipeline.plan import Plan
+from pipeline.stream import Group, make_block
+from training.evaluation import evaluate
+from training.loop import assemble, new_state
+from training.objectives.ieg import Ieg
+from training.objectives.interface import Alone, Batch, Coefficients, Moment
+from training.recipe import Recipe
+from training.state import TrainState
+from training.step import update
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    data: str
+    """Folder of CIFAR-10 in Parquet and its label arrays."""
+    out: str
+    """JSON file of the results."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which of the variants of benchmarks.step train to the end."""
+    look: tuple[int, ...] = (11, 151, 299)
+    """Steps, from 0, at which all are asked; none: only train."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of split, noise, network and draws."""
+    steps: int = 300
+    """Steps of the one cosine cycle."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One variant at one step of the exact run."""
+
+    variant: str
+    seed: int
+    step: int
+    weight_rel_error: float
+    kept_agreement: float
+    trust_agreement: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One run to the end."""
+
+    variant: str
+    seed: int
+    steps: int
+    top1: float
+
+
+def main() -> None:
+    """Look, then train; write the rows as they come."""
+    settings = tyro.cli(Settings)
+    torch.set_num_threads(1)
+    rows: dict[str, list] = {"fidelity": [], "accuracy": []}
+    for seed in settings.seeds:
+        recipe = small(settings.data, Noise("uniform", 0.8), "winnow", seed, settings.steps, "")
+        dataset = recipe.dataset.load(settings.data, seed)
+        for row in looks(recipe, dataset, settings.look) if settings.look else ():
+            report(settings.out, rows, "fidelity", row)
+        for name in settings.variants:
+            run = replace(recipe, objective=VARIANTS[name])
+            state = new_state(run, 10, len(dataset.train), 1, CPU)
+            for step, batch in batches(run, dataset, settings.steps):
+                advance(state, run, step, batch)
+            measured = evaluate(state, dataset.tests, run.dataset.views, 0, Alone(), CPU)
+            report(settings.out, rows, "accuracy", Accuracy(name, seed, settings.steps, measured["top1"]))
+
+
+def report(path: str, rows: dict[str, list], kind: str, row: Fidelity | Accuracy) -> None:
+    """Print a row, and write all so far."""
+    print(*(f"{name} {value:.3f}" if isinstance(value, float) else value for name, value in asdict(row).items()))
+    rows[kind].append(asdict(row))
+    Path(path).write_text(json.dumps({"machine": f"CPU, {os.cpu_count()} cores", **rows}, indent=1) + "\n")
+
+
+def batches(recipe: Recipe, dataset: Dataset, steps: int) -> Iterator[tuple[int, Batch]]:
+    """The stream's batches, made here."""
+    probe = recipe.probe_batch // recipe.groups
+    plan = Plan(dataset.train.row_groups, recipe.seed, recipe.batch, recipe.group, probe, 0, steps, chunk=1)
+    for step in range(steps):
+        blocks = range(step * plan.lanes, (step + 1) * plan.lanes)  # of a group each
+        held: list[Group] = [
+            make_block(dataset.train, dataset.probe, recipe.dataset.views, plan, block) for block in blocks
+        ]
+        yield step, assemble(held, recipe, len(dataset.class_names), CPU)
+
+
+def advance(state: TrainState, recipe: Recipe, step: int, batch: Batch) -> Coefficients:
+    """One update."""
+    lr = recipe.schedule.learning_rate(step)
+    outcome = update(state, recipe.objective, batch, lr=lr, workers=Alone(), steps=recipe.schedule.steps)
+    return outcome.coefficients
+
+
+def looks(recipe: Recipe, dataset: Dataset, at: tuple[int, ...]) -> Iterator[Fidelity]:
+    """Train exactly until the last of the steps; at each of them compare every variant's coefficients."""
+    variants = {name: objective for name, objective in VARIANTS.items() if isinstance(objective, Ieg)}
+    state = new_state(recipe, 10, len(dataset.train), 1, CPU)
+    memories = {name: objective.memory(state.model, len(dataset.train), 10) for name, objective in variants.items()}
+    for step, batch in batches(recipe, dataset, max(at) + 1):
+        moment = Moment(
+            recipe.schedule.learning_rate(step), state.momentum, state.weight_decay, state.decayed,
+            state.momentum_buffers(), step, recipe.schedule.steps,
+        )  # fmt: skip
+        if step in at:
+            exact = in_float64(variants["exact"], state, batch, moment)
+            for name, objective in variants.items():
+                told = replace(moment, memory=memories[name])
+                found = objective(copy.deepcopy(state.model), batch, told, Alone()).coefficients
+                yield Fidelity(name, recipe.seed, step, *distance(found, exact))
+        decided = advance(state, recipe, step, batch)
+        for name, memory in memories.items():
+            if step % variants[name].meta_every == 0:
+                for kept, value_B in zip(memory.buffers(), (decided.weight_B, decided.trust_B), strict=False):
+                    kept[batch.row_B] = value_B
+
+
+def in_float64(objective: Ieg, state: TrainState, batch: Batch, moment: Moment) -> Coefficients:
+    """The exact coefficients without rounding."""
+    images = {name: getattr(batch, name).double() for name in ("weak_BCHW", "strong_BCHW", "probe_MCHW")}
+    buffers = {name: value.double() for name, value in moment.momentum_buffers.items()}
+    model = copy.deepcopy(state.model).double()
+    told = replace(moment, momentum_buffers=buffers)
+    return objective(model, replace(batch, **images), told, Alone()).coefficients
+
+
+def distance(found: Coefficients, exact: Coefficients) -> tuple[float, float, float]:
+    """(relative error of ω*, share of equal ω > 0, share of equal λ)."""
+    error = (found.weight_B - exact.weight_B).norm() / exact.weight_B.norm()
+    kept = (found.weight_B > 0) == (exact.weight_B > 0)
+    trusts = (found.trust_B > 0.5) == (exact.trust_B > 0.5)
+    return float(error), float(kept.double().mean()), float(trusts.double().mean())
+
+
+if __name__ == "__main__":
+    main()
