@@ -287,14 +287,14 @@ def markdown(rows: list[Row]) -> str:
         return float(found[noise, method].split()[0]) if found[noise, method] else math.nan
 
     def shown(noise: str, method: str) -> str:
-        best = max(top1(noise, other) for other in methods)
+        best = np.nanmax([top1(noise, other) for other in methods])
         return f"**{found[noise, method]}**" if top1(noise, method) == best else found[noise, method]
 
     mean = {method: float(np.mean([top1(noise, method) for noise in noises])) for method in methods}
     by_method = [["method", *(noise.replace(":", " ") for noise in noises), "mean"]]
     by_method += [
-        [f"`{method}`", *(shown(noise, method) for noise in noises), f"{mean[method]:.1f}"]
-        for method in sorted(methods, key=lambda method: -mean[method])
+        [f"`{m}`", *(shown(noise, m) for noise in noises), "" if math.isnan(mean[m]) else f"{mean[m]:.1f}"]
+        for m in sorted(methods, key=lambda m: -np.nan_to_num(mean[m]))
     ]
     rates = ("0.4", "0.8")
     published = {cell.name: cell.published for cell in cells() if cell.table == "T9"}
