@@ -128,9 +128,9 @@ def slopes(samples: list[Sample], steps: int) -> dict[str, float]:
     late = [sample for sample in samples if WARM_UP * steps <= sample["step"] < steps]
     found = {}
     for name in dict.fromkeys(name for sample in late for name in sample if name not in ("step", "seconds")):
-        held = [(sample["step"] / 1_000, sample[name]) for sample in late if name in sample]
+        held = np.array([(sample["step"] / 1_000, sample[name]) for sample in late if name in sample])
         if 2 * len(held) > len(late):
-            found[name] = float(np.polyfit(*zip(*held, strict=True), 1)[0])
+            found[name] = float(np.polyfit(held[:, 0], held[:, 1], 1)[0])
     return found
 
 
