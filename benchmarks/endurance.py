@@ -31,9 +31,9 @@ from training.launch import guarded, run
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 
-ROLES = {  # by what a process's title begins with, or its program is called
+ROLES = {  # by what is part of a process's title
     "ray::RayTrainWorker": "worker",
-    "ray::MapWorker": "data actor",
+    "MapWorker": "data actor",
     "ray::SplitCoordinator": "stream",
     "ray::TrainController": "controller",
     "raylet": "raylet",
@@ -73,7 +73,8 @@ def main() -> None:
     told = {"machine": f"{os.cpu_count()} cores", "steps": settings.steps, "slopes": found, "samples": samples}
     Path(settings.out).write_text(json.dumps(told, indent=1) + "\n")
     for name, slope in found.items():
-        print(f"{name:<13}{samples[-1][name]:>9.1f} MB at the end, {slope:+.3f} MB in 1,000 steps")
+        most = max(sample.get(name, 0.0) for sample in samples)
+        print(f"{name:<13}{most:>9.1f} MB at most, {slope:+.3f} MB in 1,000 steps")
 
 
 def tiny(settings: Settings, storage: str) -> Recipe:
@@ -111,7 +112,7 @@ def memory() -> Sample:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             title = " ".join(process.cmdline()) or process.name()
-            role = next((role for start, role in ROLES.items() if start in title.split(" -")[0]), "others")
+            role = next((role for part, role in ROLES.items() if part in title.split(" -")[0]), "others")
             used[role] = used.get(role, 0) + process.memory_full_info().uss
     address = ray.get_runtime_context().gcs_address
     used["object store"] = get_memory_info_reply(get_state_from_address(address)).store_stats.object_store_bytes_used
@@ -122,11 +123,15 @@ def memory() -> Sample:
 
 
 def slopes(samples: list[Sample], steps: int) -> dict[str, float]:
-    """MB in 1,000 steps of everything that each sample after the warm-up has."""
-    late = [sample for sample in samples if sample["step"] >= WARM_UP * steps]
-    names = [name for name in late[0] if name not in ("step", "seconds") and all(name in sample for sample in late)]
-    step = [sample["step"] / 1_000 for sample in late]
-    return {name: float(np.polyfit(step, [sample[name] for sample in late], 1)[0]) for name in names}
+    """MB in 1,000 steps of everything that most samples after the warm-up have."""
+    # The last sample finds workers that are leaving.
+    late = [sample for sample in samples if WARM_UP * steps <= sample["step"] < steps]
+    found = {}
+    for name in dict.fromkeys(name for sample in late for name in sample if name not in ("step", "seconds")):
+        held = np.array([(sample["step"] / 1_000, sample[name]) for sample in late if name in sample])
+        if 2 * len(held) > len(late):
+            found[name] = float(np.polyfit(held[:, 0], held[:, 1], 1)[0])
+    return found
 
 
 if __name__ == "__main__":
