@@ -225,7 +225,6 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
     wanted["checksum of the data"] = data
-    wanted = json.loads(json.dumps(wanted))
     fs, path = storage.connect(folder)
     for name in NOTES:  # of an earlier start; a person has come since
         with contextlib.suppress(FileNotFoundError):

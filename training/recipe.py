@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,9 +308,10 @@ def _made(kind: Any, said: Mapping[str, Any]) -> Any:
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, with the names of its data set's and objective's classes."""
-    return {
+    """The recipe as plain data, as JSON has it, with the names of its data set's and objective's classes."""
+    said = {
         **dataclasses.asdict(recipe),
         "dataset": {"kind": type(recipe.dataset).__name__, **dataclasses.asdict(recipe.dataset)},  # type: ignore[call-overload]
         "objective": {"kind": type(recipe.objective).__name__, **dataclasses.asdict(recipe.objective)},  # type: ignore[call-overload]
     }
+    return json.loads(json.dumps(said))  # tuples are lists
