@@ -82,7 +82,8 @@ class Passes(nn.Module):
         def run(image_bCHW: Tensor) -> Tensor:
             # Statistics move in the first run only; later ones move copies.
             held = unmoved.pop() if unmoved else {name: buffer.clone() for name, buffer in buffers.items()}
-            return self._run(image_bCHW, parameters, held)
+            with torch._C.DisableTorchFunction():  # no one keeps what is computed again (objectives/tangents.py)
+                return self._run(image_bCHW, parameters, held)
 
         return checkpoint(run, image_bCHW, use_reentrant=False)
 

@@ -9,11 +9,13 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.step
@@ -279,6 +281,31 @@ def test_a_step_never_waits_for_the_device(method, problem):
 def test_waiting_is_noticed():
     with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(()).item()
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts them, by kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counted[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["winnow", "reference"])
+def test_nothing_is_computed_twice(method, problem):
+    """Of L convolutions: weak, strong, trusted and joint views forward L each; tangents 2L but for the images, which do
+    not move; backward L for the inner loss and for each of the four.
+    """
+    layers = sum(isinstance(module, nn.Conv2d) for module in problem.model.modules())
+    state = TrainState(problem.model, momentum=0.9, weight_decay=0.03, decayed=frozenset(), average=True)
+    with Convolutions() as seen:
+        update(state, METHODS[method](), problem.batch, lr=0.05, workers=Alone())
+    assert seen.counted[aten.convolution] == 6 * layers - 1
+    assert seen.counted[aten.convolution_backward] == 5 * layers
 
 
 def test_normalised_is_minus_one_to_one_channels_last():

@@ -1,6 +1,6 @@
 """The short rules of forward mode against PyTorch's own.
 
-Shapes: B images, C channels.
+Shapes: B images, C channels; linear layers as PyTorch has them.
 """
 
 import itertools
@@ -8,9 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
-from training.objectives.tangents import FusedTangents
+from training.objectives.tangents import FusedTangents, Recorded
 
 C = 3
 MOVES = [moves for moves in itertools.product([True, False], repeat=3) if any(moves)]
@@ -61,3 +62,58 @@ def test_batch_norm_without_parameters_or_statistics():
 def test_nothing_moves_where_nothing_moved():
     with torch.no_grad(), dual_level(), FusedTangents():
         assert unpack_dual(F.batch_norm(draw(4, C, seed=0), None, None, training=True)).tangent is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("moves", MOVES)
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (F.linear, [(6, 4), (5, 4), (5,)]),
+        (F.linear, [(2, 6, 4), (5, 4), (5,)]),
+        (lambda *values: F.conv2d(*values, 2, 1, groups=2), [(2, 4, 6, 6), (6, 2, 3, 3), (6,)]),
+        (lambda *values: F.conv2d(*values, stride=2, padding="valid"), [(2, 4, 6, 6), (6, 4, 3, 3), (6,)]),
+    ],
+)
+def test_linear_layers_move_as_pytorch_says(layer, shapes, moves, known):
+    values = [draw(*shape, seed=place) for place, shape in enumerate(shapes)]
+    with Recorded() as recorded:
+        layer(*values)
+    expected = tangents_of(layer, values, moves, mode=False)
+    with torch.no_grad(), dual_level(), FusedTangents(recorded.outputs if known else ()):
+        inputs = [
+            make_dual(value, draw(*value.shape, seed=9 + place)) if moving else value
+            for place, (value, moving) in enumerate(zip(values, moves, strict=True))
+        ]
+        found = tuple(unpack_dual(layer(*inputs)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """A convolution whose output is changed in place, one whose output is not, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.convolutions[0](x), inplace=True)
+        return self.head(torch.tanh(self.convolutions[1](x)).mean((2, 3)))
+
+
+def test_what_was_changed_in_place_is_computed_again():
+    torch.manual_seed(0)
+    model, x = Twice().double(), draw(2, 3, 5, 5, seed=0)
+    with Recorded() as recorded:
+        model(x)
+    assert [output is None for output in recorded.outputs] == [True, False, False]
+    tangents = []
+    for mode in (FusedTangents(recorded.outputs), FusedTangents(), None):
+        with torch.no_grad(), dual_level():
+            moving = {n: make_dual(v.detach(), draw(*v.shape, seed=5)) for n, v in model.named_parameters()}
+            with mode or torch.no_grad():
+                tangents.append(unpack_dual(torch.func.functional_call(model, moving, (x,))).tangent)
+    for tangent in tangents[:2]:
+        torch.testing.assert_close(tangent, tangents[2], rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ Shapes: B noisy examples, M probe examples in n groups of R, N training examples
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +27,7 @@ from training.objectives.losses import (
 from training.objectives.memory import seen
 from training.objectives.meta import Engine, Lookahead, MetaProblem, MetaScope, meta_gradient
 from training.objectives.reweight import normalised_weights
+from training.objectives.tangents import Recorded
 
 
 class LastCoefficients(nn.Module):
@@ -136,7 +138,10 @@ class Ieg(Objective):
         """See `Objective`."""
         if self.scope == "replica":
             workers = Alone()
-        weak_BK = model(batch.weak_BCHW)
+        recorded = Recorded()
+        reads_record = self.engine == "forward" and self.meta_scope == "all" and not self._remembers(moment)
+        with recorded if reads_record else nullcontext():
+            weak_BK = model(batch.weak_BCHW)
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
         with torch.set_grad_enabled(self.kl > 0):
             strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
@@ -152,20 +157,30 @@ class Ieg(Objective):
         else:
             pace = weak_BK.new_ones(())
 
+        total, parts = weak_BK.new_zeros(()), {}
+        if self.kl > 0:
+            anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
+            parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
+            total = self.kl * pace * parts["consistency"]
+            if reads_record and not self.kl_into_weak:
+                total = settled(total, model)  # the activations of the strong views make room for the record
+
         trust0 = self.lambda0 if self.relabel else 1.0
-        weight_B, trust_B = self._coefficients(model, batch, moment, workers, weak_BK, given_BK, pseudo_BK, trust0)
+        problem = MetaProblem(
+            model, _first_trusted(batch, self.meta_probe), moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
+            self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
+            outputs=recorded.outputs,
+        )  # fmt: skip
+        weight_B, trust_B = self._coefficients(problem)
+        del problem, recorded  # they hold activations
 
         target_BK = trust0 * given_BK + (1 - trust0) * pseudo_BK
-        parts = {"weighted": (weight_B * cross_entropy(target_BK, weak_BK)).mean()}
-        total = self.label_weight * parts["weighted"]
+        parts["weighted"] = (weight_B * cross_entropy(target_BK, weak_BK)).mean()
+        total = total + self.label_weight * parts["weighted"]
         if self.relabel:
             chosen_BK = trust_B[:, None] * given_BK + (1 - trust_B[:, None]) * pseudo_BK
             parts["relabelled"] = cross_entropy(chosen_BK, weak_BK).mean()
             total = total + self.label_weight * parts["relabelled"]
-        if self.kl > 0:
-            anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
-            parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
-            total = total + self.kl * pace * parts["consistency"]
         if self.mixup != "off":
             total = settled(total, model)  # the joint pass is the largest: let it be alone in memory
             # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
@@ -196,31 +211,22 @@ class Ieg(Objective):
             guess_BK = guess_BK / guess_BK.sum(1, keepdim=True)
         return guess_BK
 
-    def _coefficients(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        moment: Moment,
-        workers: Workers,
-        weak_BK: Tensor,
-        given_BK: Tensor,
-        pseudo_BK: Tensor,
-        trust0: float,
-    ) -> tuple[Tensor, Tensor]:
+    def _remembers(self, moment: Moment) -> bool:
+        """Whether this step goes without a meta step, by each example's last coefficients."""
+        return moment.step % self.meta_every > 0
+
+    def _coefficients(self, problem: MetaProblem) -> tuple[Tensor, Tensor]:
         """ω* relative to 1/B, and λ* (step 4, eqs. 2 and 6)."""
-        memory = moment.memory
-        if isinstance(memory, LastCoefficients) and moment.step % self.meta_every:
-            return normalised_weights(memory.weight_N[batch.row_B], workers), memory.trust_N[batch.row_B]
-        problem = MetaProblem(
-            model, _first_trusted(batch, self.meta_probe), moment, workers, weak_BK, given_BK, pseudo_BK,
-            trust0, self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
-        )  # fmt: skip
+        row_B, workers, memory = problem.batch.row_B, problem.workers, problem.moment.memory
+        if self._remembers(problem.moment):
+            assert isinstance(memory, LastCoefficients)
+            return normalised_weights(memory.weight_N[row_B], workers), memory.trust_N[row_B]
         omega_gradient_B, lambda_gradient_B = meta_gradient(self.engine, problem)
         initial = problem.omega0 if self.weights == "step" else 0.0
         weight_B = normalised_weights(initial - omega_gradient_B, workers)
         trust_B = (lambda_gradient_B < 0).to(weight_B.dtype) if self.relabel else torch.ones_like(weight_B)
         if isinstance(memory, LastCoefficients):
-            rows_U, (weight_U, trust_U) = seen(batch.row_B, [weight_B, trust_B], workers)
+            rows_U, (weight_U, trust_U) = seen(row_B, [weight_B, trust_B], workers)
             memory.weight_N[rows_U], memory.trust_N[rows_U] = weight_U, trust_U
         return weight_B, trust_B
 

@@ -58,16 +58,17 @@ def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
 
 
 class _Settled(torch.autograd.Function):
-    """A loss whose gradients are known."""
+    """A loss whose gradients are known. Backward goes through it once, and scales them in place."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters_and_gradients: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*parameters_and_gradients[len(parameters_and_gradients) // 2 :])
+        ctx.gradients = parameters_and_gradients[len(parameters_and_gradients) // 2 :]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *slope: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if gradient is None else slope[0] * gradient for gradient in ctx.saved_tensors]
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope[0])
         return None, *gradients, *[None] * len(gradients)
 
 

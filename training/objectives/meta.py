@@ -50,6 +50,9 @@ class MetaProblem:
     probe_decay: bool  # weight decay on θ' in the meta loss
     weight_B: Tensor | float = 1.0  # the initial weight of each example, relative to ω0
     scope: MetaScope = "all"  # which parameters the lookahead moves, and the meta gradient goes through
+    outputs: Sequence[
+        Tensor | None
+    ] = ()  # of the weak pass's layers, as `Recorded` keeps them: spares forward mode some work
 
     @property
     def omega0(self) -> float:
@@ -130,15 +133,6 @@ def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[T
     return problem.workers.mean(gradients)
 
 
-def _plus(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """values + factor·others, where there is another; in a few kernels, however many tensors."""
-    both = [name for name in values if name in others]
-    if not both:
-        return dict(values)
-    sums = torch._foreach_add([values[name] for name in both], [others[name] for name in both], alpha=factor)
-    return {**values, **dict(zip(both, sums, strict=True))}
-
-
 def _decayed(problem: MetaProblem, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if name in problem.moment.decayed}
 
@@ -150,11 +144,19 @@ def _looked_ahead(
     if gradients is None:
         return dict(theta)
     moment = problem.moment
-    step = dict(zip(theta, gradients, strict=True))
-    step = _plus(step, _decayed(problem, theta), moment.weight_decay)
+    sums = torch._foreach_add(list(theta.values()), list(gradients), alpha=-problem.alpha)
+    ahead = dict(zip(theta, sums, strict=True))
+    _add(ahead, _decayed(problem, theta), -problem.alpha * moment.weight_decay)
     if problem.lookahead == "momentum":
-        step = _plus(step, moment.momentum_buffers, moment.momentum)
-    return _plus(theta, step, -problem.alpha)
+        _add(ahead, moment.momentum_buffers, -problem.alpha * moment.momentum)
+    return ahead
+
+
+def _add(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:
+    """values += factor·others, where there is another; in a few kernels, however many tensors."""
+    both = [name for name in values if name in others]
+    if both:
+        torch._foreach_add_([values[name] for name in both], [others[name] for name in both], alpha=factor)
 
 
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
@@ -170,8 +172,13 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
     leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
     gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
     direction = dict(zip(leaves, problem.workers.mean(gradients), strict=True))
-    with torch.no_grad():
-        return _plus(direction, _decayed(problem, ahead), problem.moment.weight_decay * problem.probe_decay)
+    decayed = _decayed(problem, ahead)
+    if not problem.probe_decay or not decayed:
+        return direction
+    with torch.no_grad():  # not in place: two parameters can have one and the same gradient
+        of_decayed = [direction[name] for name in decayed]
+        sums = torch._foreach_add(of_decayed, list(decayed.values()), alpha=problem.moment.weight_decay)
+    return {**direction, **dict(zip(decayed, sums, strict=True))}
 
 
 def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
@@ -183,7 +190,7 @@ def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
     # Flash attention has no forward mode.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents(problem.outputs):
         moving = {name: make_dual(value.detach(), direction[name]) for name, value in theta.items()}
         return unpack_dual(_weak_logits(problem, moving)).tangent
 

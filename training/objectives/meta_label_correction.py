@@ -14,6 +14,7 @@ from training.objectives.interface import Batch, Coefficients, Moment, Objective
 from training.objectives.losses import cross_entropy, one_hot
 from training.objectives.memory import classifier, initialised, with_features
 from training.objectives.meta import MetaProblem, logit_slope, unit
+from training.objectives.tangents import Recorded
 
 EMBEDDING, HIDDEN = 64, 128
 
@@ -69,14 +70,15 @@ class MetaLabelCorrection(Objective):
         """See `Objective`."""
         memory = moment.memory
         assert isinstance(memory, LabelCorrection)
-        logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
+        with Recorded() as recorded:
+            logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
         corrected_BK = memory(feature_BD, batch.label_B)
         target_BK = corrected_BK.detach()
 
         given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
             model, batch, moment, workers, logits_BK, given_BK, target_BK, lambda0=0.0, alpha=moment.lr,
-            lookahead="momentum", probe_decay=False,
+            lookahead="momentum", probe_decay=False, outputs=recorded.outputs,
         )  # fmt: skip
         slope_BK = logit_slope("forward", problem)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from training.objectives.interface import Batch, Moment, Objective, Outcome, Wor
 from training.objectives.losses import one_hot, plain_coefficients
 from training.objectives.memory import initialised
 from training.objectives.meta import Engine, MetaProblem, meta_gradient, unit
+from training.objectives.tangents import Recorded
 
 HIDDEN = 100
 
@@ -59,7 +60,8 @@ class MetaWeightNet(Objective):
         """See `Objective`."""
         memory = moment.memory
         assert isinstance(memory, WeightNet)
-        logits_BK = model(batch.weak_BCHW)
+        with Recorded() as recorded:
+            logits_BK = model(batch.weak_BCHW)
         given_BK = one_hot(batch.label_B, logits_BK)
         loss_B = F.cross_entropy(logits_BK, batch.label_B, reduction="none")
         weight_B = memory(loss_B.detach())
@@ -67,7 +69,7 @@ class MetaWeightNet(Objective):
         plain = replace(moment, decayed=frozenset())  # the lookahead has no weight decay
         problem = MetaProblem(
             model, batch, plain, workers, logits_BK, given_BK, given_BK, lambda0=1.0, alpha=moment.lr,
-            lookahead="sgd", probe_decay=False, weight_B=weight_B.detach(),
+            lookahead="sgd", probe_decay=False, weight_B=weight_B.detach(), outputs=recorded.outputs,
         )  # fmt: skip
         gradient_B, _ = meta_gradient(self.engine, problem)
         descent = (unit(gradient_B, workers) * weight_B).mean()  # its gradient in Θ is ∂L^p/∂Θ; its value means nothing

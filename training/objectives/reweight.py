@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.objectives.losses import cross_entropy, one_hot, plain_coefficients
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
+from training.objectives.tangents import Recorded
 
 
 def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
@@ -35,11 +36,12 @@ class Reweight(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
-        logits_BK = model(batch.weak_BCHW)
+        with Recorded() as recorded:
+            logits_BK = model(batch.weak_BCHW)
         given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
             model, batch, moment, workers, logits_BK, given_BK, given_BK,
-            lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False,
+            lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False, outputs=recorded.outputs,
         )  # fmt: skip
         omega_gradient_B, _ = meta_gradient(self.engine, problem)
         weight_B = normalised_weights(-omega_gradient_B, workers)
