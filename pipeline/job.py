@@ -63,8 +63,17 @@ class Progress:
         if not self.console.is_terminal and now - self.told > LOG_EVERY and images:
             self.told = now
             left = (self.total - done) / speed
-            told = f"{done:,.0f} of {self.total:,} images, {text}, {left // 60:.0f}:{left % 60:02.0f} left"
+            told = f"{done:,.0f} of {self.total:,} images, {text}, {duration(left)} left"
             self.console.print(told, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """`4:05` minutes, `3:04:05` hours, or `6 d 3 h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours}:{minutes % 60:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def settings(*, ordered: bool = False) -> None:
