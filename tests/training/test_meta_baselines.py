@@ -64,25 +64,35 @@ def test_mw_net_descends_the_trusted_loss_after_a_step(problem, engine):
     torch.testing.assert_close(outcome.coefficients.weight_B, weight_B.detach())
 
 
+def halves(batch, rows):
+    """Of each group's trusted rows those that judge, and those that the model learns from."""
+    rows_nR = rows.unflatten(0, (len(batch.group_keys), -1))
+    return rows_nR[:, :2].flatten(0, 1), rows_nR[:, 2:].flatten(0, 1)
+
+
 def test_mlc_descends_the_trusted_loss_after_a_step(problem):
-    """∂L^p(θ')/∂α by double backward; θ' is the optimiser's own next step on corrected labels."""
+    """∂L^p(θ')/∂α by double backward; θ' is the optimiser's own next step on corrected and trusted labels."""
     objective, batch, moment = MetaLabelCorrection(rate=0.3), problem.batch, problem.moment
     memory = objective.memory(problem.model, EXAMPLES, batch.classes)
+    (judging_MCHW, taught_MCHW), (judging_M, taught_M) = (
+        halves(batch, rows) for rows in (batch.probe_MCHW, batch.probe_label_M)
+    )
     feature_BD = with_features(problem.model, batch.weak_BCHW, batch.classes, aside=True)[1]
     outcome, of_model, of_memory = gradients_of(objective, problem, memory)
 
     theta = dict(problem.model.named_parameters())
-    logits_BK = logits_with(problem.model, theta, batch.weak_BCHW)
+    log_BK = logits_with(problem.model, theta, batch.weak_BCHW).log_softmax(1)
     corrected_BK = memory(feature_BD, batch.label_B)
-    inner = -(corrected_BK * logits_BK.log_softmax(1)).sum(1).mean()
+    of_taught = F.cross_entropy(logits_with(problem.model, theta, taught_MCHW), taught_M, reduction="sum")
+    inner = (of_taught - (corrected_BK * log_BK).sum()) / (12 + 6)
     steps = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
     ahead = {}
     for (name, value), step in zip(theta.items(), steps, strict=True):
         decay = moment.weight_decay * value if name in moment.decayed else 0.0
         ahead[name] = value - moment.lr * (step + decay + moment.momentum * moment.momentum_buffers[name])
-    of_label_BK, *expected = torch.autograd.grad(probe_loss(problem, ahead), [corrected_BK, *memory.parameters()])
-    per_step_BK = len(of_label_BK) / moment.lr * of_label_BK
-    scale = 0.3 / moment.lr / per_step_BK.square().mean().sqrt()
+    judged = F.cross_entropy(logits_with(problem.model, ahead, judging_MCHW), judging_M)
+    of_label_BK, *expected = torch.autograd.grad(judged, [corrected_BK, *memory.parameters()])
+    scale = 0.3 / len(of_label_BK) / of_label_BK.square().mean().sqrt()
     for found, slope in zip(of_memory, expected, strict=True):
         torch.testing.assert_close(found, scale * slope, rtol=1e-7, atol=1e-10)
 
@@ -91,6 +101,7 @@ def test_mlc_descends_the_trusted_loss_after_a_step(problem):
     torch.testing.assert_close(outcome.total, inner, rtol=1e-12, atol=0)
     said = outcome.coefficients
     torch.testing.assert_close(said.trust_B, corrected_BK.detach()[torch.arange(12), batch.label_B])
+    torch.testing.assert_close(said.loss_B, -log_BK.detach()[torch.arange(12), batch.label_B])
     assert torch.equal(said.pseudo_label_B, corrected_BK.argmax(1))
     torch.testing.assert_close(corrected_BK.sum(1), torch.ones(12, dtype=torch.float64))
 

@@ -73,7 +73,9 @@ STAGED = (
 )  # fmt: skip
 REMEMBERING = ("mwn", "elr", "mlc", *STAGED[:-1])
 STEPS, LATE = 10, 9  # of a run; its step in which the last stage of staged objectives is looked at, too
-LATER = {f"{name} later": METHODS[name]() for name in (*STAGED, "mwn", "elr", "mlc", "mixmatch-kl")}
+LATER = {f"{name} later": METHODS[name]() for name in (*STAGED, "mwn", "elr", "mlc")}
+# In so few steps their λ_U hardly begins to grow.
+LATER |= {f"{name} later": replace(METHODS[name](), warm_up=STEPS) for name in ("mixmatch", "mixmatch-kl")}
 EVERY = {**{name: make() for name, make in METHODS.items()}, **SWITCHED, **LATER}
 MIXING = [name for name, objective in IEG.items() if objective.mixup == "on"]
 OWN_WEIGHTS = ("gce", "mentornet", "cleannet", "mwn")  # which say how far an example counts, not its share of the batch

@@ -23,6 +23,7 @@ from training.objectives.losses import (
     one_hot,
     settled,
     sharpen,
+    split_trusted,
 )
 from training.objectives.memory import seen
 from training.objectives.meta import Engine, Lookahead, MetaProblem, MetaScope, meta_gradient
@@ -40,18 +41,6 @@ class LastCoefficients(nn.Module):
         super().__init__()
         self.register_buffer("weight_N", torch.ones(examples, dtype=dtype))
         self.register_buffer("trust_N", torch.full((examples,), trust0, dtype=dtype))
-
-
-def _first_trusted(batch: Batch, share: float) -> Batch:
-    # The batch with the first trusted images of each group: fewer, and the same ones on any number of workers.
-    image_nRCHW, label_nR = (
-        x.unflatten(0, (len(batch.group_keys), -1)) for x in (batch.probe_MCHW, batch.probe_label_M)
-    )
-    kept = max(1, round(share * label_nR.shape[1]))
-    if kept == label_nR.shape[1]:
-        return batch
-    image_MCHW = image_nRCHW[:, :kept].flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    return replace(batch, probe_MCHW=image_MCHW, probe_label_M=label_nR[:, :kept].flatten())
 
 
 @dataclass(frozen=True)
@@ -166,8 +155,9 @@ class Ieg(Objective):
                 total = settled(total, model)  # the activations of the strong views make room for the record
 
         trust0 = self.lambda0 if self.relabel else 1.0
+        judges = batch if self.meta_probe == 1 else split_trusted(batch, self.meta_probe)[0]
         problem = MetaProblem(
-            model, _first_trusted(batch, self.meta_probe), moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
+            model, judges, moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
             self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
             outputs=recorded.outputs,
         )  # fmt: skip

@@ -6,7 +6,7 @@ Shapes: B noisy examples, M probe examples, K classes, n groups of R rows, N = n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,23 @@ def settled(loss: Tensor, model: nn.Module) -> Tensor:
     parameters = [value for value in model.parameters() if value.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return _Settled.apply(loss.detach(), *parameters, *gradients)
+
+
+def split_trusted(batch: Batch, share: float) -> tuple[Batch, Batch]:
+    """The batch with the first trusted images of each group, at least one, and with the others.
+
+    Whose they are does not depend on the number of workers.
+    """
+    image_nRCHW, label_nR = (
+        x.unflatten(0, (len(batch.group_keys), -1)) for x in (batch.probe_MCHW, batch.probe_label_M)
+    )
+    first = max(1, round(share * label_nR.shape[1]))
+
+    def part(rows: slice) -> Batch:
+        image_MCHW = image_nRCHW[:, rows].flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return replace(batch, probe_MCHW=image_MCHW, probe_label_M=label_nR[:, rows].flatten())
+
+    return part(slice(first)), part(slice(first, None))
 
 
 def one_hot(label_B: Tensor, like_BK: Tensor) -> Tensor:

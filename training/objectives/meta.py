@@ -49,6 +49,7 @@ class MetaProblem:
     lookahead: Lookahead  # "l2r": ω0 = 0, so that θ' = θ
     probe_decay: bool  # weight decay on θ' in the meta loss
     weight_B: Tensor | float = 1.0  # the initial weight of each example, relative to ω0
+    inner_loss: Tensor | None = None  # what the lookahead descends, for `logit_slope`; None: the mean of ω·CE(P, a)
     scope: MetaScope = "all"  # which parameters the lookahead moves, and the meta gradient goes through
     outputs: Sequence[
         Tensor | None
@@ -128,7 +129,9 @@ def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[T
     """∇_θ Σ ω·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
     if problem.lookahead == "l2r":
         return None
-    loss = (problem.weight_B * cross_entropy(problem.target(problem.lambda0), problem.logits_BK)).mean()
+    loss = problem.inner_loss
+    if loss is None:
+        loss = (problem.weight_B * cross_entropy(problem.target(problem.lambda0), problem.logits_BK)).mean()
     gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True)
     return problem.workers.mean(gradients)
 

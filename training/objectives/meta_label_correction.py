@@ -1,6 +1,6 @@
 """MLC, "Meta label correction for noisy label learning" (Zheng et al. 2021).
 
-Shapes: B noisy examples, K classes, D features.
+Shapes: B noisy examples, R probe examples that the model learns from, K classes, D features.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.objectives.interface import Batch, Coefficients, Moment, Objective, Outcome, Workers, require
-from training.objectives.losses import cross_entropy, one_hot
+from training.objectives.losses import cross_entropy, forward_aside, one_hot, split_trusted
 from training.objectives.memory import classifier, initialised, with_features
 from training.objectives.meta import MetaProblem, logit_slope, unit
 from training.objectives.tangents import Recorded
@@ -47,10 +48,11 @@ class LabelCorrection(nn.Module):
 class MetaLabelCorrection(Objective):
     """Cross-entropy with labels that a second network corrects; it descends the trusted loss after one lookahead step.
 
-    θ' is affine in the corrected labels P, so that with t = J_θΦ·∇L^p(θ') ∂L^p/∂P_ik = α/B·(t_ik − q_i·t_i): no
-    second-order graph, and no approximation of the Hessian, which the paper makes for more than one step. The corrector
-    is trained by the run's own SGD, for which ∂L^p/∂P is divided by its root mean square; the authors' code uses Adam
-    at 3e-5 beside 3e-4 for the model.
+    θ' is affine in the corrected labels P, so that with t = J_θΦ·∇L^p(θ') ∂L^p/∂P_ik ∝ α·(t_ik − q_i·t_i): no
+    second-order graph, and no approximation of the Hessian, which the paper makes for more than one step. As in the
+    authors' code, half of a batch's trusted images judge, and the model learns from the others beside the noisy ones.
+    The corrector is trained by the run's own SGD, for which ∂L^p/∂P is divided by its root mean square; the authors'
+    code uses Adam at 3e-5 beside 3e-4 for the model.
     """
 
     rate: float = 0.1
@@ -74,18 +76,23 @@ class MetaLabelCorrection(Objective):
             logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
         corrected_BK = memory(feature_BD, batch.label_B)
         target_BK = corrected_BK.detach()
+        judges, taught = split_trusted(batch, 0.5)
+        losses = [cross_entropy(target_BK, logits_BK)]
+        if len(taught.probe_label_M):
+            taught_RK = forward_aside(model, taught.probe_MCHW)
+            losses.append(F.cross_entropy(taught_RK, taught.probe_label_M, reduction="none"))
+        loss = torch.cat(losses).mean()
 
         given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
-            model, batch, moment, workers, logits_BK, given_BK, target_BK, lambda0=0.0, alpha=moment.lr,
-            lookahead="momentum", probe_decay=False, outputs=recorded.outputs,
+            model, judges, moment, workers, logits_BK, given_BK, target_BK, lambda0=0.0, alpha=moment.lr,
+            lookahead="momentum", probe_decay=False, inner_loss=loss, outputs=recorded.outputs,
         )  # fmt: skip
         slope_BK = logit_slope("forward", problem)
         with torch.no_grad():
             gradient_BK = slope_BK - (logits_BK.softmax(1) * slope_BK).sum(1, keepdim=True)
         descent = (unit(gradient_BK, workers) * corrected_BK).sum(1).mean()  # as in MW-Net: a gradient, no value
 
-        loss = cross_entropy(target_BK, logits_BK).mean()
         confidence_B, pseudo_label_B = target_BK.max(1)
         return Outcome(
             loss + self.rate * (descent - descent.detach()),

@@ -30,17 +30,16 @@ class MixMatch(Objective):
     """Of mixup's Beta(α, α) (MixMatch: 0.75)."""
     temperature: float = 0.5
     """T of the guessed labels' sharpening (MixMatch: 0.5)."""
-    warm_up: float = 0.2
-    """Share of the run over which λ_U, and here k, grow from 0 (ours; the authors' code 16,000 steps of a million)."""
+    warm_up: int = 16_384
+    """Steps over which λ_U, and here k, grow from 0 (the authors' code: 2²⁰ images, in batches of 64)."""
     kl: float = 0.0
     """k, the weight of the consistency of both views, L_KL; 0 is MixMatch itself."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters (as MixMatch does)."""
 
     def __post_init__(self) -> None:
-        require(self, ["lambda_u", "kl"], 0)
+        require(self, ["lambda_u", "kl", "warm_up"], 0)
         require(self, ["alpha", "temperature"], 1e-3)
-        require(self, ["warm_up"], 0, 1)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
@@ -53,7 +52,7 @@ class MixMatch(Objective):
             "labelled": cross_entropy(mixed.probe_target, mixed.probe_logits).mean(),
             "unlabelled": F.mse_loss(mixed.noisy_logits.softmax(1), mixed.noisy_target),
         }
-        pace = min(moment.progress / self.warm_up, 1) if self.warm_up else 1
+        pace = min(moment.step / self.warm_up, 1) if self.warm_up else 1
         total = parts["labelled"] + pace * self.lambda_u * parts["unlabelled"]
         if self.kl > 0:
             parts["consistency"] = kl_divergence(weak_BK, strong_BK).mean()
