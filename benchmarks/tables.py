@@ -5,8 +5,9 @@
     python -m benchmarks.tables 'A:*' --scale small --data ../shared/data --seeds 2        an hour or two on 2 cores
     python -m benchmarks.tables --markdown                                                 the README's table
 
-A run killed goes on when the command is given again; what is in the results already is not run again. `--scale small`:
-CIFAR-10 at 16 px, 2,000 training images, WRN-10-1 (0.08 M parameters), B = M = 50, one cosine cycle of 400 steps.
+A run killed goes on when the command is given again; what is in the results already is not run again, but for
+`--again`. `--scale small`: CIFAR-10 at 16 px, 2,000 training images, WRN-10-1 (0.08 M parameters), B = M = 50, one
+cosine cycle of 400 steps.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Settings:
     storage: str = "runs/tables"
     """Where runs are kept and resumed from."""
     out: str = RESULTS
-    """Results, a line a run; lines are only added."""
+    """Results, a line a run; lines are only added, and of several for one run the last counts."""
+    again: bool = False
+    """Run what is in the results already, as the code is now; --storage must hold no runs of it."""
     workers: int = 1
     """Training workers of a run; 0 trains in this process."""
     list: bool = False
@@ -255,8 +258,10 @@ def _version() -> str:
 
 
 def read_rows(path: str) -> list[Row]:
-    """The results so far."""
-    return [Row(**json.loads(line)) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """The results so far: of every cell, scale and seed the newest."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    rows = [Row(**json.loads(line)) for line in lines]
+    return list({(row.cell, row.scale, row.seed): row for row in rows}.values())
 
 
 def mean_and_deviation(rows: list[Row], cell: str, scale: Scale) -> str:
@@ -339,7 +344,7 @@ def main() -> None:
         for seed in range(settings.seeds):
             for cell in chosen:
                 done = {(row.cell, row.scale, row.seed) for row in read_rows(settings.out)}  # by others meanwhile, too
-                if (cell.name, settings.scale, seed) not in done:
+                if settings.again or (cell.name, settings.scale, seed) not in done:
                     row = measure(cell, settings, seed, console)
                     with open(settings.out, "a") as file:
                         file.write(json.dumps(asdict(row)) + "\n")

@@ -152,6 +152,11 @@ def test_a_cell_runs_is_kept_and_is_not_run_again(local_ray, made_up_cifar, tmp_
     assert out.read_text() == before
     assert "A:cifar10:uniform:0.4:rog" in capsys.readouterr().out
     assert json.loads(before.splitlines()[0]) == asdict(supervised)
+    monkeypatch.setattr(tables, "_version", lambda: "newer")
+    monkeypatch.setattr(sys, "argv", [*command[:2], *options.split(), "--again"])
+    tables.main()
+    assert out.read_text().startswith(before)
+    assert [each.version for each in read_rows(str(out))] == ["newer", rog.version]
 
 
 def test_a_weak_network_labels_all_training_images(local_ray, made_up_cifar, tmp_path, monkeypatch):
