@@ -247,8 +247,8 @@ def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device:
     model: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
-    if chunks > 1 or recipe.channels_last or recipe.precision == "bf16":
-        model = Passes(model, chunks=chunks, dtype=dtype, channels_last=recipe.channels_last)
+    if chunks > 1 or recipe.channels_last or recipe.precision == "bf16" or recipe.compile:
+        model = Passes(model, chunks=chunks, dtype=dtype, channels_last=recipe.channels_last, compiled=recipe.compile)
     memory = recipe.objective.memory(model, examples, classes).to(device)
 
     def decayed(module: nn.Module) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""How a network is run: its batch in chunks that fit in memory, its layers in a chosen precision and memory layout.
+"""How a network is run: in chunks that fit in memory, in a chosen precision and memory layout, compiled or not.
 
 Shapes: B images of C channels and H×W pixels, b of them in one chunk, K classes.
 """
@@ -6,6 +6,7 @@ Shapes: B images of C channels and H×W pixels, b of them in one chunk, K classe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
 from torch.utils.checkpoint import checkpoint
+
+BACKEND = "inductor"  # of torch.compile
 
 
 class Passes(nn.Module):
@@ -26,11 +30,16 @@ class Passes(nn.Module):
     Only batch norm can tell: it normalises each chunk by itself and moves its running statistics once a chunk. Batches
     are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
+
+    `compiled`, `torch.compile` makes one kernel of many in every training pass but forward mode, which it cannot trace;
+    nothing is recorded for forward mode then. It is for one chunk, and cannot be differentiated twice.
     """
 
     _network: nn.Module
 
-    def __init__(self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool) -> None:
+    def __init__(
+        self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool, compiled: bool = False
+    ) -> None:
         super().__init__()
         if channels_last:
             network.to(memory_format=torch.channels_last)
@@ -47,8 +56,9 @@ class Passes(nn.Module):
             if isinstance(module, _BatchNorm)
             for name, _ in (*module.named_parameters(path), *module.named_buffers(path))
         )
-        for module in network.modules():
-            module.register_forward_hook(_match_tangent)
+        self._compiled = torch.compile(self._pass, backend=BACKEND, dynamic=False) if compiled else None
+        if compiled:
+            torch._functorch.config.donated_buffer = False  # the weak pass's graph is gone through twice
 
     def train(self, mode: bool = True) -> Passes:
         """See `nn.Module.train`."""
@@ -66,6 +76,20 @@ class Passes(nn.Module):
         return torch.cat([run(image_bCHW, parameters, buffers) for image_bCHW in image_BCHW.chunk(chunks)])
 
     def _run(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        if any(unpack_dual(value).tangent is not None for value in parameters.values()):
+            hooks = [module.register_forward_hook(_match_tangent) for module in self._network.modules()]
+            try:
+                return self._pass(image_bCHW, parameters, buffers)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        if self._compiled is None or not self.training:  # evaluation has batches of many sizes
+            return self._pass(image_bCHW, parameters, buffers)
+        # A mode that watches (`Recorded`) would become part of what is compiled.
+        with _pop_mode_temporarily() if _len_torch_function_stack() else nullcontext():
+            return self._compiled(image_bCHW, parameters, buffers)
+
+    def _pass(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         # Cast by hand, since autocast leaves tangents behind; and for each chunk, so that gradients add up uncast.
         values = {
             name: value.to(self._dtype) if value.is_floating_point() and name not in self._uncast else value

@@ -112,6 +112,9 @@ class Recipe:
     """Numbers that the network computes in; under bf16 parameters, averages and losses stay in float32."""
     channels_last: bool = False
     """Keep images and kernels in NHWC order, which GPUs with tensor cores prefer."""
+    compile: bool = False
+    """Compile the network's training passes with torch.compile: a minute or more at every start, then shorter steps. It
+    leaves out forward mode, and methods that read features. On a CPU it needs a C++ compiler."""
     pass_groups: int = 0
     """Groups that go through the network at once; 0: all that a worker has. Fewer need less memory and more time, for
     the same result: the meta step is still over the whole batch. Batch norm normalises the groups of a pass together,
@@ -160,6 +163,9 @@ class Recipe:
             raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
         if self.precision == "bf16" and getattr(self.objective, "engine", "") == "difference":
             raise ValueError("precision bf16 rounds away what engine difference looks at: use engine forward")
+        engine, scope = getattr(self.objective, "engine", ""), getattr(self.objective, "meta_scope", "all")
+        if self.compile and (engine == "second_order" or scope != "all" or self.pass_groups):
+            raise ValueError("compile goes with neither engine second_order, nor a smaller meta_scope, nor pass_groups")
         if self.probe_batch % self.groups:
             raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
 

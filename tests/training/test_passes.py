@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training import networks
+from training import passes as training_passes
 from training.objectives.ieg import paper, reference, winnow
 from training.objectives.interface import Alone, Moment
 from training.objectives.meta import MetaProblem, meta_gradient
@@ -474,3 +475,39 @@ def test_a_copy_lives_on_its_own(problem):
     moment = Moment(lr=0.05)
     totals = [Supervised()(copied, problem.batch, moment, Alone()).total for copied in (model, copy.deepcopy(model))]
     assert totals[0] == totals[1]
+
+
+# --- compiled
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """As torch.compile does it, but for the code at its end, which wants a C++ compiler; counts what it does."""
+    monkeypatch.setattr(training_passes, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def compiled(network, dtype=torch.float64) -> Passes:
+    return Passes(network, chunks=1, dtype=dtype, channels_last=False, compiled=True)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("winnow", 3), ("paper", 3), ("supervised", 1), ("mwn", 2), ("mlc", 2)])
+def test_compiled_passes_are_the_same_and_compiled_once_a_batch_size(name, sizes, compiling, problem):
+    expected = train(problem.fresh().model, METHODS[name](), problem.batch, steps=3)
+    found = train(compiled(problem.fresh().model), METHODS[name](), problem.batch, steps=3)
+    assert_trained_alike(found, expected, 1e-9)
+    assert compiling["stats"]["unique_graphs"] == sizes  # of noisy, trusted and mixed images
+    assert not compiling["graph_break"]
+    found[0].predict(problem.batch.probe_MCHW[:3])  # evaluation is left as it is
+    assert compiling["stats"]["unique_graphs"] == sizes
+
+
+def test_compiled_bf16_trains(compiling):
+    problem = build_problem(dtype=torch.float32)
+    state, said = train(compiled(problem.fresh().model, torch.bfloat16), winnow(), problem.batch, steps=3)
+    assert state.finite()
+    assert said[-1].total < said[0].total
+    assert not compiling["graph_break"]

@@ -75,7 +75,8 @@ def with_features(model: nn.Module, image_BCHW: Tensor, classes: int, *, aside: 
     collected: list[Tensor] = []  # a tensor a chunk (training/passes.py)
     hook = classifier(model, classes).register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach()))
     try:
-        logits_BK = forward_aside(model, image_BCHW) if aside else model(image_BCHW)
+        with torch.compiler.set_stance("force_eager"):  # a compiled network would be compiled anew for every hook
+            logits_BK = forward_aside(model, image_BCHW) if aside else model(image_BCHW)
     finally:
         hook.remove()
     return logits_BK, torch.cat(collected).to(logits_BK.dtype)
