@@ -7,7 +7,8 @@ at the steps of `--look` asks every variant for its ω* and λ* of the same batc
 ‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or neither count (ω > 0), `trust_agreement` the
 share of equal λ. ω° and λ° are those of the exact engine in float64; what `meta_every` remembers are exact ones of
 earlier steps. Then each variant trains by itself to the end of
-one cosine cycle; `top1` is on all test images. `--data` is as for `benchmarks.label_noise`.
+one cosine cycle; `top1` is on all test images. `never`, without meta steps, is the control: what ω and λ are worth.
+`--data` is as for `benchmarks.label_noise`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is 
 which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
 what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
 network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
+`by_group` is exact with one of four groups in the network at a time (`--pass-groups 1`), `compiled` and
+`vanilla_compiled` with torch.compile (`--compile`), which on a CPU wants a C++ compiler and a minute a network.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from training.passes import Passes
 from training.state import TrainState
 from training.step import update
 
+NEVER = 1_000_000_000  # a meta step in step 0 alone; all other examples keep ω0 and λ0: a control
 VARIANTS: dict[str, Objective] = {
     "vanilla": Supervised(average_parameters=False),
     "exact": winnow(),
@@ -44,9 +47,16 @@ VARIANTS: dict[str, Objective] = {
     "probe_quarter": replace(winnow(), meta_probe=0.25),
     "every_4": replace(winnow(), meta_every=4),
     "block_every_2": replace(winnow(), meta_scope="last_block", meta_every=2),
+    "never": replace(winnow(), meta_every=NEVER),
+}
+GROUPS, WARM_UPS = 4, 2
+HOW: dict[str, tuple[str, dict[str, Any]]] = {  # objective, and how its network is run
+    **{name: (name, {}) for name in VARIANTS},
+    "by_group": ("exact", {"chunks": GROUPS}),
+    "vanilla_compiled": ("vanilla", {"compiled": True}),
+    "compiled": ("exact", {"compiled": True}),
 }
 FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
-GROUPS, WARM_UPS = 2, 2
 
 
 def stepping(network: str, size: int, batch: int, dtype: str, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -54,16 +64,19 @@ def stepping(network: str, size: int, batch: int, dtype: str, device: torch.devi
     model, held, _ = prepare(network, size, batch, device)
     flipped = held.weak_BCHW.flip(3).contiguous(memory_format=torch.channels_last)
     held = replace(held, strong_BCHW=flipped, group_keys=tuple(range(GROUPS)))
-    return {
-        name: partial(_steps, _state(deepcopy(model), dtype, objective, batch), objective, held)
-        for name, objective in VARIANTS.items()
-    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, (variant, how) in HOW.items():
+        objective = VARIANTS[variant]
+        calls[name] = partial(_steps, _state(deepcopy(model), dtype, how, objective, batch), objective, held)
+    return calls
 
 
-def _state(model: torch.nn.Module, dtype: str, objective: Objective, batch: int) -> TrainState:
-    if dtype == "bf16":
-        model = Passes(model, chunks=1, dtype=torch.bfloat16, channels_last=True)
-    elif next(model.parameters()).is_cuda:
+def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: Objective, batch: int) -> TrainState:
+    on_gpu = next(model.parameters()).is_cuda
+    if dtype == "bf16" or how:
+        precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+        model = Passes(model, dtype=precision, channels_last=on_gpu or dtype == "bf16", **{"chunks": 1, **how})
+    elif on_gpu:
         model.to(memory_format=torch.channels_last)
     return TrainState(
         model,
@@ -83,8 +96,9 @@ def _steps(state: TrainState, objective: Objective, batch: Batch) -> None:
 
 
 def cycle(objective: Objective) -> int:
-    """Steps after which the work of a step repeats."""
-    return getattr(objective, "meta_every", 1)
+    """Steps after which the work of a step repeats, once step 0 is over."""
+    every = getattr(objective, "meta_every", 1)
+    return 1 if every == NEVER else every
 
 
 def measure(network: str, size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> Iterator[Row]:
@@ -106,17 +120,17 @@ def measure(network: str, size: int, batch: int, dtype: str, device: torch.devic
             attempt(name, call)
     peaks = {name: attempt(name, partial(peak_memory, call, device)) for name, call in calls.items()}
     taken = [{n: attempt(n, partial(elapsed, c, device)) for n, c in calls.items()} for _ in range(rounds)]
-    for name in VARIANTS:
+    for name, (variant, _) in HOW.items():
         row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
         row |= dict.fromkeys(FORMATS)
         if calls and not {"vanilla", name} & set(errors):
-            steps = cycle(VARIANTS[name])
+            steps = cycle(VARIANTS[variant])
             row["ms"] = 1e3 * statistics.median(times[name] for times in taken) / steps
             row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken) / steps
             row["memory_ratio"] = peaks[name] / peaks["vanilla"]
         failed = [errors[part] for part in ("network", "vanilla", name) if part in errors]
         cells = [f"{'–' if row[n] is None else format(row[n], form):>{len(n) + 2}}" for n, form in FORMATS.items()]
-        print(f"{network:<11}{dtype:<9}{name:<14}" + "".join(cells), *failed, flush=True)
+        print(f"{network:<11}{dtype:<9}{name:<18}" + "".join(cells), *failed, flush=True)
         yield row | ({"error": "; ".join(failed)} if failed else {})
 
 
@@ -125,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a training step against a vanilla one.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--networks", nargs="+", help="wrn-10-1 resnet29; on a GPU resnet29 wrn-28-10 resnet50")
-    parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 50, on a GPU 100")
+    parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 48, on a GPU 100")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bf16"), help="float32; on a GPU both")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--rounds", type=int, default=9)
@@ -133,13 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
-    batch, networks = (100, ["resnet29", "wrn-28-10", "resnet50"]) if gpu else (50, ["wrn-10-1", "resnet29"])
+    batch, networks = (100, ["resnet29", "wrn-28-10", "resnet50"]) if gpu else (48, ["wrn-10-1", "resnet29"])
     torch.set_num_threads(torch.get_num_threads() if gpu else 1)  # one is steadier
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     told: dict[str, Any] = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     told |= {"load": os.getloadavg()[0], "rows": []}
     print(*(f"{key} {value}" for key, value in told.items() if key != "rows"), sep=", ")
-    print(f"{'network':<11}{'dtype':<9}{'variant':<14}" + "".join(f"{name:>{len(name) + 2}}" for name in FORMATS))
+    print(f"{'network':<11}{'dtype':<9}{'variant':<18}" + "".join(f"{name:>{len(name) + 2}}" for name in FORMATS))
     for network in chosen.networks or networks:
         size = chosen.size or (32 if network.startswith(("wrn", "resnet29")) else 224)
         for dtype in chosen.dtypes or (["float32", "bf16"] if gpu else ["float32"]):
