@@ -52,13 +52,12 @@ def _across(table: str, dataset: str, noises: list[str], rows: list[tuple[Any, .
 
 def _tables_1_and_2() -> Iterator[Cell]:
     noises = ["uniform:0", "uniform:0.2", "uniform:0.4", "uniform:0.8"]
-    one_layer = "ours: without the ensemble over layers"
     yield from _across("T1", "cifar10", noises, [
         ("supervised", "supervised", WRN, 10, "", "96.1", None, None, None),
         ("supervised-rn29", "supervised", RN29, 10, "", "92.7", None, None, None),
         ("gce", "gce", WRN, 10, "", "93.5", "89.9 ± 0.2", "87.1 ± 0.2", "67.9 ± 0.6"),
         ("mentornet", "mentornet", WRN, 10, PD, "96.0", "92.0", "89.0", "49.0"),
-        ("rog", "rog", DENSENET, 10, one_layer, "94.2", "87.4", "81.8", None),
+        ("rog", "rog", DENSENET, 10, "", "94.2", "87.4", "81.8", None),
         ("l2r", "reweight", WRN, 100, "", "96.1", "90.0 ± 0.4", "86.9 ± 0.2", "73.0 ± 0.8"),
         ("m-correction", "m-correction", WRN, 10, "", "93.6", "94.0", "92.0", "86.8"),
         ("rn29", "reference", RN29, 10, "", "94.4", "92.9 ± 0.2", "92.5 ± 0.5", "85.6 ± 1.1"),

@@ -38,13 +38,12 @@ from pipeline.cifar import Cifar
 from pipeline.dataset import Examples, InputError
 from pipeline.noise import Noise
 from training import cifar, clothing1m, food101n, ledger, webvision
-from training.generative import robust_classifier
+from training.generative import layer_features, robust_ensemble
 from training.launch import Result, guarded, run
 from training.model_file import BATCH, ModelFile, read
 from training.objectives.co_teaching import CoTeaching
 from training.objectives.ieg import Ieg, ablation
 from training.objectives.interface import Objective
-from training.objectives.memory import with_features
 from training.objectives.mentornet import MentorNet
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
@@ -213,23 +212,25 @@ def measure(cell: Cell, settings: Settings, seed: int, console: Console) -> Row:
 
 
 def _generative_top1(result: Result) -> float:
-    """RoG: the accuracy of the robust generative classifier on the features of the network that the run trained."""
+    """RoG: the accuracy of the robust generative classifiers on the features of the network that the run trained."""
     model, data = read(result.folder), result.dataset
-    train, test = data.train, next(iter(data.tests.values()))
+    train, probe, test = data.train, data.probe, next(iter(data.tests.values()))
     assert isinstance(train, Examples)
     assert isinstance(test, Examples)
-    classifier = robust_classifier(_features(model, train), torch.from_numpy(train.label_N), len(data.class_names))
-    return (classifier(_features(model, test)).argmax(1) == torch.from_numpy(test.label_N)).double().mean().item()
+    labels = [torch.from_numpy(examples.label_N) for examples in (train, probe, test)]
+    features = [_features(model, examples) for examples in (train, probe, test)]
+    ensemble = robust_ensemble(features[0], labels[0], features[1], labels[1], len(data.class_names))
+    return (ensemble(features[2]).argmax(1) == labels[2]).double().mean().item()
 
 
-def _features(model: ModelFile, examples: Examples) -> Tensor:
+def _features(model: ModelFile, examples: Examples) -> list[Tensor]:
     network, test_view = model.network(), model.source.views.test
     parts = []
     for start in range(0, len(examples), BATCH):
         image_NHWC = np.stack([test_view(examples.image(row)) for row in range(len(examples))[start : start + BATCH]])
         with torch.inference_mode():
-            parts.append(with_features(network, normalised(torch.from_numpy(image_NHWC)), len(model.class_names))[1])
-    return torch.cat(parts)
+            parts.append(layer_features(network, normalised(torch.from_numpy(image_NHWC)), len(model.class_names)))
+    return [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
 
 
 def _mean_trust(result: Result, recipe: Recipe) -> tuple[float | None, float | None]:

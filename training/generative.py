@@ -1,19 +1,44 @@
-"""RoG, "Robust inference via generative classifiers for handling noisy labels" (Lee et al. 2019), on one layer.
+"""RoG, "Robust inference via generative classifiers for handling noisy labels" (Lee et al. 2019).
 
-A trained network's features and their noisy labels make a classifier: no label is corrected and nothing is trained. The
-paper's ensemble over layers is not here.
+A trained network's features and their noisy labels make a classifier a layer, and these an ensemble: no label is
+corrected and nothing is trained.
 
-Shapes: N examples, D features, K classes, n examples of one class.
+Shapes: N examples, M held-out ones, L layers, D features, K classes, n examples of one class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from training.objectives.memory import blocks, with_features
 
 STARTS, MOST_STEPS = 10, 100
+LAYERS = 3  # as the paper has them
+EM_STEPS = 500
+
+
+def layer_features(model: nn.Module, image_NCHW: Tensor, classes: int) -> list[Tensor]:
+    """What a network makes of images in its two blocks before the last, averaged over pixels, and gives its classifier.
+
+    N×D each; the model is in eval mode.
+    """
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: output.detach().flatten(2).mean(2)})
+        )
+        for name in blocks(model)[-LAYERS:-1]
+    ]
+    try:
+        last_ND = with_features(model, image_NCHW, classes)[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*seen.values(), last_ND]
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,43 @@ class GaussianClassifier:
         direction_DK = self.precision_DD @ self.mean_KD.T
         offset_K = self.prior_K.log() - (self.mean_KD.T * direction_DK).sum(0) / 2
         return feature_ND.to(direction_DK) @ direction_DK + offset_K
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Classifiers of one layer's features each; their posteriors are averaged by weight."""
+
+    classifiers: Sequence[GaussianClassifier]
+    weight_L: Tensor
+
+    def __call__(self, features: Sequence[Tensor]) -> Tensor:
+        """Probabilities, N×K."""
+        posteriors = [each(feature_ND).softmax(1) for each, feature_ND in zip(self.classifiers, features, strict=True)]
+        return torch.einsum("l,lnk->nk", self.weight_L, torch.stack(posteriors))
+
+
+def robust_ensemble(
+    features: Sequence[Tensor], label_N: Tensor, held: Sequence[Tensor], held_label_M: Tensor, classes: int
+) -> Ensemble:
+    """A robust classifier a layer, weighted so that the labels of held-out examples are most likely.
+
+    The paper's held-out labels are as noisy as the others, and it keeps the half that the last classifier finds most
+    likely; here they are the trusted ones, which needs no such choice. Raises ValueError as `robust_classifier`.
+    """
+    classifiers = [robust_classifier(feature_ND, label_N, classes) for feature_ND in features]
+    posteriors = [each(feature_MD).softmax(1) for each, feature_MD in zip(classifiers, held, strict=True)]
+    likelihood_LM = torch.stack([posterior_MK.gather(1, held_label_M[:, None])[:, 0] for posterior_MK in posteriors])
+    return Ensemble(classifiers, mixture_weights(likelihood_LM))
+
+
+def mixture_weights(likelihood_LM: Tensor) -> Tensor:
+    """The weights of L classifiers, summing to 1, that maximise Σ_m log Σ_l α_l p_l(m): by EM, as that is concave."""
+    likelihood_LM = likelihood_LM.clamp_min(1e-12)
+    weight_L = torch.full_like(likelihood_LM[:, 0], 1 / len(likelihood_LM))
+    for _ in range(EM_STEPS):
+        joint_LM = weight_L[:, None] * likelihood_LM
+        weight_L = (joint_LM / joint_LM.sum(0)).mean(1)
+    return weight_L
 
 
 def robust_classifier(

@@ -10,7 +10,14 @@ from sklearn.covariance import fast_mcd
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.generative import minimum_covariance_determinant, robust_classifier
+from training.generative import (
+    layer_features,
+    minimum_covariance_determinant,
+    mixture_weights,
+    robust_classifier,
+    robust_ensemble,
+)
+from training.networks import build
 
 
 @pytest.mark.parametrize(("n", "D", "outliers"), [(80, 2, 20), (200, 3, 60), (400, 5, 120)])
@@ -85,3 +92,39 @@ def test_more_features_than_examples_are_no_failure():
 def test_a_class_without_examples_is_refused():
     with pytest.raises(ValueError, match="class 2 has 0 examples: each needs 2 or more"):
         robust_classifier(torch.rand(20, 2), torch.arange(20) % 2, 3)
+
+
+def test_mixture_weights_are_the_most_likely():
+    """Against a search over the simplex of three."""
+    rng = np.random.default_rng(0)
+    likelihood = rng.beta(1, 1, size=(3, 40)) * np.array([[1.0], [0.8], [0.3]])
+    weight_L = mixture_weights(torch.from_numpy(likelihood))
+    assert float(weight_L.sum()) == pytest.approx(1)
+    grid = [(a, b, 1 - a - b) for a in np.linspace(0, 1, 101) for b in np.linspace(0, 1 - a, 101)]
+    values = np.log(np.maximum(np.array(grid) @ likelihood, 1e-12)).sum(1)
+    assert np.log(weight_L.numpy() @ likelihood).sum() >= values.max() - 1e-6
+
+
+def test_an_ensemble_leans_on_the_layer_that_can_tell():
+    rng = np.random.default_rng(0)
+    label = torch.from_numpy(rng.integers(0, 4, 800))
+    noisy = torch.where(torch.from_numpy(rng.random(800) < 0.3), torch.from_numpy(rng.integers(0, 4, 800)), label)
+    telling = 3 * torch.eye(4, dtype=torch.float64)[label] + torch.from_numpy(rng.normal(size=(800, 4)))
+    blind = torch.from_numpy(rng.normal(size=(800, 6)))
+    train, held, test = slice(400), slice(400, 480), slice(480, None)
+    ensemble = robust_ensemble(
+        [blind[train], telling[train]], noisy[train], [blind[held], telling[held]], label[held], 4
+    )
+    assert ensemble.weight_L[1] > 0.95
+    probability = ensemble([blind[test], telling[test]])
+    torch.testing.assert_close(probability.sum(1), torch.ones(320, dtype=torch.float64))
+    assert (probability.argmax(1) == label[test]).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(("network", "sizes"), [("wrn-10-1", [16, 32, 64]), ("densenet100", [300, 150, 342])])
+def test_features_are_of_three_layers(network, sizes):
+    model = build(network, 3, 5, seed=0).eval()
+    image_NCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = layer_features(model, image_NCHW, 5)
+    assert [list(each.shape) for each in features] == [[2, size] for size in sizes]
+    assert not any(module._forward_hooks for module in model.modules())

@@ -70,6 +70,18 @@ def classifier(model: nn.Module, classes: int) -> nn.Linear:
     return linear[-1]
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Names of a network's blocks, in order: the elements with a kernel of its outermost `nn.Sequential`s."""
+    found: list[str] = []
+    outermost = ""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and not (outermost and path.startswith(outermost)):
+            outermost = f"{path}."
+            children = module.named_children()
+            found += [f"{outermost}{n}" for n, child in children if any(p.dim() > 1 for p in child.parameters())]
+    return found
+
+
 def with_features(model: nn.Module, image_BCHW: Tensor, classes: int, *, aside: bool = False) -> tuple[Tensor, Tensor]:
     """Logits, and what the classifier made them of, B×D and detached; `aside` is `losses.forward_aside`."""
     collected: list[Tensor] = []  # a tensor a chunk (training/passes.py)

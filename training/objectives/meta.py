@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
-from training.objectives.memory import classifier
+from training.objectives.memory import blocks, classifier
 from training.objectives.tangents import FusedTangents
 
 Engine = Literal["forward", "second_order", "difference"]
@@ -74,8 +74,8 @@ class MetaProblem:
 def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str, Tensor]:
     """The parameters in a scope, by name.
 
-    "last_layer" is the last linear layer with K outputs; "last_block" the last element with a kernel of the network's
-    last outermost `nn.Sequential`, and all that comes after it. Raises ValueError where there is none.
+    "last_layer" is the last linear layer with K outputs; "last_block" the last of its `memory.blocks`, and all that
+    comes after it. Raises ValueError where there is none.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if scope == "all":
@@ -83,17 +83,11 @@ def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str,
     if scope == "last_layer":
         kept = {id(value) for value in classifier(model, classes).parameters()}
         return {name: value for name, value in parameters.items() if id(value) in kept}
-    blocks: list[str] = []
-    outermost = ""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Sequential) and not (outermost and path.startswith(outermost)):
-            outermost = f"{path}."
-            children = module.named_children()
-            blocks += [f"{outermost}{n}." for n, child in children if any(p.dim() > 1 for p in child.parameters())]
-    if not blocks:
+    last = blocks(model)[-1:]
+    if not last:
         raise ValueError("this network has no nn.Sequential of blocks: set objective.meta_scope to all or last_layer")
     names = list(parameters)
-    first = next(place for place, name in enumerate(names) if name.startswith(blocks[-1]))
+    first = next(place for place, name in enumerate(names) if name.startswith(f"{last[0]}."))
     return {name: parameters[name] for name in names[first:]}
 
 
