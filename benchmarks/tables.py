@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.paper import RN29, WRN, Cell, cells
+from benchmarks.rivals import as_its_authors_do
 from pipeline.cifar import Cifar
 from pipeline.dataset import Examples, InputError
 from pipeline.noise import Noise
@@ -41,10 +42,8 @@ from training import cifar, clothing1m, food101n, ledger, webvision
 from training.generative import layer_features, robust_ensemble
 from training.launch import Result, guarded, run
 from training.model_file import BATCH, ModelFile, read
-from training.objectives.co_teaching import CoTeaching
 from training.objectives.ieg import Ieg, ablation
 from training.objectives.interface import Objective
-from training.objectives.mentornet import MentorNet
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 from training.step import normalised
@@ -128,13 +127,13 @@ def recipe_of(cell: Cell, settings: Settings, seed: int) -> Recipe:
         )
         named = replace(named, dataset=dataset)
     if settings.scale == "small":
-        return _small(cell, named)
+        return as_its_authors_do(_small(cell, named), cell)
     if cell.network == RN29:
         named = replace(named, weight_decay=2e-4, decay="kernels")
     if cell.dataset == "webvision":
         objective = replace(named.objective, kl=4.0) if isinstance(named.objective, Ieg) else named.objective
         named = replace(named, objective=objective, schedule=replace(named.schedule, first_cycle=18_750, cycles=5))
-    return replace(named, schedule=STEPS) if cell.row.endswith("-steps") else named
+    return as_its_authors_do(replace(named, schedule=STEPS) if cell.row.endswith("-steps") else named, cell)
 
 
 def _small(cell: Cell, recipe: Recipe) -> Recipe:
@@ -164,22 +163,10 @@ def _objective(cell: Cell, made: Objective) -> Objective:
         preset = METHODS[base]()
         assert isinstance(preset, Ieg)
         return ablation(int(number), preset)
-    # Two methods are told how many labels are wrong, as their papers do it.
-    if isinstance(made, CoTeaching):
-        return replace(made, noise_rate=_told_rate(cell))
-    if isinstance(made, MentorNet):
-        return replace(made, percentile=0.75 if _told_rate(cell) < 0.6 else 0.5)
     if cell.table == "F3":
         assert isinstance(made, Ieg)
         return replace(made, kl=float(cell.row.removeprefix("k")))
     return made
-
-
-def _told_rate(cell: Cell) -> float:
-    kind, _, rate = cell.noise.partition(":")
-    if kind == "uniform":
-        return float(rate) * (0.9 if cell.dataset == "cifar10" else 0.99)
-    return {"asymmetric": float(rate or 0) / 2, "human": 0.4, "semantic": 0.3, "": 0.2}[kind]
 
 
 def _noise(cell: Cell, data: str) -> Noise:

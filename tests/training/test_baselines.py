@@ -145,6 +145,9 @@ def test_glc_averages_what_is_predicted_of_trusted_images(table, batch):
     assert float(outcome.total.detach()) == pytest.approx(np.concatenate([loss_B, probe_M]).mean(), rel=1e-9)
     np.testing.assert_allclose(outcome.coefficients.trust_B, right_B, rtol=1e-8)
     assert gradient_NK[20].any()  # trusted images teach
+    lighter, _ = taken(replace(objective, trusted_weight=0.1), table, held, memory=memory, step=4, steps=steps)
+    expected = (loss_B.sum() + 0.1 * probe_M.sum()) / (B + 0.1 * 3)
+    assert float(lighter.total.detach()) == pytest.approx(expected, rel=1e-9)
     np.testing.assert_allclose(memory.estimate(), expected_KK, rtol=1e-12)
 
 

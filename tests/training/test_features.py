@@ -71,9 +71,9 @@ def test_few_features_make_few_prototypes():
 def test_self_learning_adds_the_label_whose_prototypes_are_near():
     """An epoch of 3 steps fills the bank; at step 3 prototypes are chosen, and labels corrected from then on."""
     objective, model = SelfLearning(warm_up=0.2, alpha=0.3, samples=50, count=2), Features()
-    memory, seen, batch = objective.memory(model, N, K), {}, plane_batch()
+    memory, seen, batch = objective.memory(model, 3 * B, K), {}, plane_batch()
     for step in range(3):
-        row_B = (torch.arange(B) + B * step) % N
+        row_B = torch.arange(B) + B * step
         image = torch.randn(B, 1, 1, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         held = replace(batch, weak_BCHW=image, row_B=row_B, label_B=row_B * 3 % K)
         outcome = objective(model, held, Moment(0.1, step=step, steps=10, memory=memory), Alone())

@@ -93,6 +93,21 @@ def test_incv_selects_by_the_network_that_left_an_example_out():
         assert set(np.flatnonzero(memory.removed_N[:W].numpy() & half_B)) == set(worst)
 
 
+def test_incv_removes_nothing_where_noise_is_not_symmetric():
+    """Right labels agree with a share a of predictions; (1−ε)² + ε² = a."""
+    objective = Incv(warm_up=0.5, rounds=2, symmetric=False)
+    f, g, memory = pair(objective)
+    left_out_NK = np.where(memory.second_N.numpy()[:, None], softmax(f, range(N)), softmax(g, range(N)))
+    label_N = np.where(np.arange(N) % 4 == 0, (left_out_NK.argmax(1) + 1) % K, left_out_NK.argmax(1))
+    held = batch_of(range(N), label_N)
+    for step in (0, 2):
+        taken(objective, f, held, memory=memory, step=step, steps=8)
+    agreement = 1 - np.mean(np.arange(N) % 4 == 0)
+    assert float(memory.noise_rate) == pytest.approx(0.5 - np.sqrt(2 * agreement - 1) / 2, rel=1e-9)
+    assert not memory.removed_N.any()
+    assert int(memory.selected_N.sum()) == round(agreement * N)
+
+
 def test_incv_then_co_teaches_on_what_it_selected():
     objective = Incv(warm_up=0.5, rounds=2, pace=0.25, selected_only=0.5)
     f, g, memory = pair(objective)

@@ -32,7 +32,8 @@ class CoTeaching(Objective):
     noise_rate: float = 0.4
     """τ, the share of labels that are wrong, which this method has to be told (the paper: the true one)."""
     warm_up: float = 0.05
-    """T_k as a share of the run: until then less and less is kept (the paper: 10 of 200 epochs)."""
+    """T_k as a share of the run: until then less and less is kept (the paper: 10 epochs of 200; in a shorter run those
+    are a larger share)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
 

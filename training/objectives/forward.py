@@ -39,13 +39,14 @@ class Forward(Objective):
     """Cross-entropy, T̂ from the network's own predictions, then −log (T̂ᵀp)_y (theorem 2).
 
     The paper trains a second network, as long as the first, and predicts with a network at rest; here the one network
-    goes on, and predictions are those of the last epoch of the warm-up. The ledger's trust is P(label is right | x, T̂).
+    goes on, and predictions are those of the last epoch of the warm-up, which should end where a cycle does, at a rate
+    of 0. The ledger's trust is P(label is right | x, T̂).
     """
 
     warm_up: float = 0.2
     """Share of the run before the correction (the paper: a training of its own, CIFAR-10 120 epochs)."""
     percentile: float = 97.0
-    """Of the probability of label i over all examples: where x̄_i is (the paper: CIFAR-100 97, else 100, the most)."""
+    """Of the probability of label i over all examples, where x̄_i is (the authors' code: 97, but on CIFAR-100 100)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
 

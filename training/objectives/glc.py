@@ -46,17 +46,21 @@ class Glc(Objective):
     """Cross-entropy with noisy labels, Ĉ, then −log (Ĉᵀp)_y on noisy and cross-entropy on trusted images (algorithm 1).
 
     The paper trains a second network, as long as the first, on the union of both sets, and predicts with a network at
-    rest; here the one network goes on, trusted images count as often as they are drawn (M a step), and predictions are
-    those of the last epoch of the warm-up. The ledger's trust is P(label is right | x, Ĉ).
+    rest; here the one network goes on, and predictions are those of the last epoch of the warm-up, which should end at
+    the end of a cycle, where the learning rate is 0. The ledger's trust is P(label is right | x, Ĉ).
     """
 
     warm_up: float = 0.2
     """Share of the run before the correction (the paper: a training of its own, CIFAR 75 epochs)."""
+    trusted_weight: float = 1.0
+    """How much a trusted image counts beside a noisy one, whenever it is drawn. In the paper each counts once an epoch:
+    n/N · B/M for n trusted and N noisy ones."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0, 1)
+        require(self, ["trusted_weight"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """Ĉ."""
@@ -77,7 +81,8 @@ class Glc(Objective):
         else:
             noisy_B, trust_B = corrected_cross_entropy(logits_BK, memory.estimate(), batch.label_B)
             probe_M = F.cross_entropy(forward_aside(model, batch.probe_MCHW), batch.probe_label_M, reduction="none")
-            loss = torch.cat([noisy_B, probe_M]).mean()
+            weight = self.trusted_weight
+            loss = (noisy_B.sum() + weight * probe_M.sum()) / (len(noisy_B) + weight * len(probe_M))
             parts = {"corrected": noisy_B.mean().detach(), "probe": probe_M.mean().detach()}
         return Outcome(
             loss,

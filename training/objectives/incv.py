@@ -39,14 +39,18 @@ class Selection(nn.Module):
         self.register_buffer("loss_N", torch.full((examples,), -torch.inf, dtype=torch.float64))
         self.register_buffer("noise_rate", torch.full((), torch.nan, dtype=torch.float64))
 
-    def close_round(self, classes: int) -> None:
-        """Select what was predicted as labelled; remove, in each half, ε/(1−ε) as many of the largest losses."""
+    def close_round(self, classes: int, symmetric: bool) -> None:
+        """Select what was predicted as labelled; remove, in each half, ε/(1−ε) as many of the largest losses.
+
+        Where noise is not symmetric, a wrong label is always of the same class, and nothing is removed.
+        """
         candidate_N = ~(self.selected_N | self.removed_N)
         judged_N = candidate_N & self.loss_N.isfinite()
         chosen_N = judged_N & self.agrees_N
         if self.noise_rate.isnan():
+            classes = classes if symmetric else 2
             self.noise_rate.copy_(noise_rate(chosen_N.sum().double() / judged_N.sum().clamp_min(1), classes))
-        ratio = (self.noise_rate / (1 - self.noise_rate)).clamp_max(REMOVED)
+        ratio = (self.noise_rate / (1 - self.noise_rate)).clamp_max(REMOVED) if symmetric else 0.0
         for half_N in (self.second_N, ~self.second_N):
             loss_N = self.loss_N.where(judged_N & half_N & ~chosen_N, -torch.inf)
             worst_N = loss_N.argsort(descending=True, stable=True)[: int(ratio * (chosen_N & half_N).sum())]
@@ -57,7 +61,10 @@ class Selection(nn.Module):
 
 
 def noise_rate(agreement: Tensor, classes: int) -> Tensor:
-    """ε of symmetric noise by (1−ε)² + ε²/(K−1) = the share of predictions that agree with labels, at most 1 − 1/K."""
+    """ε of symmetric noise by (1−ε)² + ε²/(K−1) = the share of predictions that agree with labels, at most 1 − 1/K.
+
+    With K = 2, ε of noise by which each class is mistaken for one other.
+    """
     worst = 1 - 1 / classes
     return worst * (1 - (1 - (1 - agreement) / worst).clamp_min(0).sqrt())
 
@@ -76,8 +83,10 @@ class Incv(Objective):
     """Share of the run for cross-validation (the paper: 4 rounds of 50 epochs, then 200)."""
     rounds: int = 4
     """Rounds of cross-validation; each should be an epoch at least."""
+    symmetric: bool = True
+    """Whether a wrong label may be of any class, as under uniform noise; else of one (the authors' code: sym, asym)."""
     pace: float = 0.05
-    """T_k as a share of the rest: until then co-teaching keeps less and less (authors' code: 10 of 200 epochs)."""
+    """T_k as a share of the rest: until then co-teaching keeps less and less (authors' code: 10 epochs of 200)."""
     selected_only: float = 0.2
     """Share of the rest without C (authors' code: 40 of 200 epochs, 80 at noise above 0.6 or asymmetric)."""
     average_parameters: bool = True
@@ -97,7 +106,7 @@ class Incv(Objective):
         memory, row_B = moment.memory, batch.row_B
         assert isinstance(memory, Selection)
         if moment.step and self._round(moment, moment.step) > self._round(moment, moment.step - 1):
-            memory.close_round(batch.classes)
+            memory.close_round(batch.classes, self.symmetric)
         f_BK, g_BK = model(batch.weak_BCHW), forward_aside(memory.network, batch.weak_BCHW)
         f_B, g_B = (F.cross_entropy(logits_BK, batch.label_B, reduction="none") for logits_BK in (f_BK, g_BK))
         second_B, selected_B = memory.second_N[row_B], memory.selected_N[row_B]
@@ -111,8 +120,9 @@ class Incv(Objective):
             weight_of_g_B = equal_weights((selected_B | (candidate_B & second_B)).to(f_B), workers)
         else:
             done = (moment.progress - self.warm_up) / (1 - self.warm_up)
-            squared, others = memory.noise_rate.square(), (batch.classes - 1) * (1 - memory.noise_rate).square()
-            wrong = float(squared / (squared + others))  # of S: what both networks get wrong alike
+            others = batch.classes - 1 if self.symmetric else 1
+            squared, agreeing = memory.noise_rate.square(), others * (1 - memory.noise_rate).square()
+            wrong = float(squared / (squared + agreeing))  # of S: what both networks get wrong alike
             among_B = selected_B if done < self.selected_only else selected_B | candidate_B
             pace = min(done / self.pace, 1) if self.pace else 1
             count = round(int(workers.gather(selected_B).sum()) * (1 - wrong * pace))

@@ -86,7 +86,8 @@ class SelfLearning(Objective):
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """Features and prototypes."""
         features, dtype = classifier(model, classes).in_features, next(model.parameters()).dtype
-        return Prototypes(examples, FeatureBank(classes, min(self.samples, examples), features, dtype))
+        kept = min(self.samples, max(examples // classes, 1))  # more would be of the same images, from an epoch before
+        return Prototypes(examples, FeatureBank(classes, kept, features, dtype))
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
