@@ -1,8 +1,10 @@
 """How far the coefficients of the savings of `benchmarks.step` are from exact ones while training, and the accuracy.
 
-    python -m benchmarks.savings --data ../shared/data --out benchmarks/results/savings.json
+    python -m benchmarks.savings --data ../shared/data --seeds 0 1 2 --out benchmarks/results/savings.json
+    python -m benchmarks.savings --steps 400 --look 11 201 399 --seeds 0 1 2 --out FILE             on digits
 
-Real CIFAR-10 at 16 px with 80 % uniform noise, WRN-10-1, in one process without Ray. The first run trains exactly, and
+Real CIFAR-10 at 16 px with 80 % uniform noise, WRN-10-1, in one process without Ray; or the digits of the demo, as they
+are trained there. The first run trains exactly, and
 at the steps of `--look` asks every variant for its ω* and λ* of the same batch and state: `weight_rel_error` is
 ‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or neither count (ω > 0), `trust_agreement` the
 share of equal λ. ω° and λ° are those of the exact engine in float64; what `meta_every` remembers are exact ones of
@@ -29,11 +31,13 @@ from pipeline.dataset import Dataset
 from pipeline.noise import Noise
 from pipeline.plan import Plan
 from pipeline.stream import Group, make_block
+from training import digits
 from training.evaluation import evaluate
 from training.loop import assemble, new_state
 from training.objectives.ieg import Ieg
 from training.objectives.interface import Alone, Batch, Coefficients, Moment
 from training.recipe import Recipe
+from training.schedule import Schedule
 from training.state import TrainState
 from training.step import update
 
@@ -44,10 +48,10 @@ CPU = torch.device("cpu")
 class Settings:
     """What is run."""
 
-    data: str
-    """Folder of CIFAR-10 in Parquet and its label arrays."""
     out: str
     """JSON file of the results."""
+    data: str = ""
+    """Folder of CIFAR-10 in Parquet and its label arrays; empty: the digits of the demo, which need none."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which of the variants of benchmarks.step train to the end."""
     look: tuple[int, ...] = (11, 151, 299)
@@ -86,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: dict[str, list] = {"fidelity": [], "accuracy": []}
     for seed in settings.seeds:
-        recipe = small(settings.data, Noise("uniform", 0.8), "winnow", seed, settings.steps, "")
+        recipe = recipe_of(settings, seed)
         dataset = recipe.dataset.load(settings.data, seed)
         for row in looks(recipe, dataset, settings.look) if settings.look else ():
             report(settings.out, rows, "fidelity", row)
@@ -97,6 +101,14 @@ def main() -> None:
                 advance(state, run, step, batch)
             measured = evaluate(state, dataset.tests, run.dataset.views, 0, Alone(), CPU)
             report(settings.out, rows, "accuracy", Accuracy(name, seed, settings.steps, measured["top1"]))
+
+
+def recipe_of(settings: Settings, seed: int) -> Recipe:
+    """What all variants train, with the objective in their place."""
+    if settings.data:
+        return small(settings.data, Noise("uniform", 0.8), "winnow", seed, settings.steps, "")
+    schedule = Schedule(first_cycle=settings.steps, cycles=1)
+    return replace(digits.recipe("winnow"), seed=seed, schedule=schedule)
 
 
 def report(path: str, rows: dict[str, list], kind: str, row: Fidelity | Accuracy) -> None:

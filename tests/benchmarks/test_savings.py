@@ -13,16 +13,16 @@ from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 
 
-def on_digits(data, noise, method, seed, steps, storage) -> Recipe:
-    dataset, schedule = Digits(probe_per_class=2), Schedule(first_cycle=steps, cycles=1)
-    digits = Recipe("run", dataset, METHODS[method](), network="wrn-10-1", schedule=schedule, seed=seed)
+def tiny(_) -> Recipe:
+    dataset, schedule = Digits(probe_per_class=2), Schedule(first_cycle=6, cycles=1)
+    digits = Recipe("run", dataset, METHODS["winnow"](), network="wrn-10-1", schedule=schedule)
     return replace(digits, batch=20, probe_batch=20, group=10)
 
 
 def test_every_variant_is_looked_at_and_those_asked_for_are_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(savings, "small", on_digits)
+    monkeypatch.setattr(savings.digits, "recipe", tiny)
     out = tmp_path / "out.json"
-    said = ["--data", "", "--out", str(out), "--steps", "6", "--look", "1", "5", "--variants", "vanilla", "every_4"]
+    said = ["--out", str(out), "--steps", "6", "--look", "1", "5", "--variants", "vanilla", "every_4"]
     monkeypatch.setattr(sys, "argv", ["savings", *said])
     threads = torch.get_num_threads()
     savings.main()
