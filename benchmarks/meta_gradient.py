@@ -34,6 +34,7 @@ from training.networks import build
 from training.objectives.interface import Alone, Batch, Moment
 from training.objectives.losses import sharpen
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
+from training.objectives.tangents import Recorded
 
 ENGINES: tuple[Engine, ...] = ("forward", "second_order", "difference")
 FORMATS = {"seconds": ".4f", "vanilla_seconds": ".4f", "time_ratio": ".2f", "memory_ratio": ".2f"}
@@ -80,10 +81,13 @@ def vanilla(setting: Setting) -> None:
 def gradients(setting: Setting, engine: Engine) -> tuple[Tensor, Tensor]:
     """(∂L^p/∂ω_B, ∂L^p/∂λ_B) from images: what a training step pays for its coefficients."""
     model, batch, moment = setting
-    logits_BK = model(batch.weak_BCHW)
+    with Recorded(keeps=engine == "forward") as recorded:
+        logits_BK = model(batch.weak_BCHW)
     given_BK = torch.eye(CLASSES, dtype=logits_BK.dtype, device=logits_BK.device)[batch.label_B]
     pseudo_BK = sharpen(logits_BK.detach().softmax(1), 0.5)
-    problem = MetaProblem(model, batch, moment, Alone(), logits_BK, given_BK, pseudo_BK, 0.9, 0.1, "momentum", True)
+    problem = MetaProblem(
+        model, batch, moment, Alone(), logits_BK, given_BK, pseudo_BK, 0.9, 0.1, "momentum", True, recorded=recorded
+    )
     return meta_gradient(engine, problem)
 
 

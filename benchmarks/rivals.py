@@ -38,8 +38,7 @@ def as_its_authors_do(recipe: Recipe, cell: Cell) -> Recipe:
         case Incv():
             rest = round((1 - objective.warm_up) * schedule.steps)
             pace = share_of(SLOW_START, rest, objective.pace)
-            alone = 0.2 if uniform and rate <= 0.6 else 0.4
-            return replace(recipe, objective=replace(objective, symmetric=uniform, pace=pace, selected_only=alone))
+            return replace(recipe, objective=replace(objective, symmetric=uniform, pace=pace))
         case Elr() if cell.noise.startswith("asymmetric"):
             return replace(recipe, objective=replace(objective, strength=1.0, beta=0.9))
         case Forward() | Glc():
@@ -72,4 +71,4 @@ def told_rate(cell: Cell) -> float:
         return float(rate) * (0.9 if cell.dataset == "cifar10" else 0.99)
     if kind == "asymmetric":
         return float(rate) / 2
-    return {"human": 0.4, "semantic": 0.3}.get(kind, 0.2)
+    return {"human": 0.4, "semantic": 0.3, "open_set": 0.6, "": 0.2}[kind]

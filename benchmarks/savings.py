@@ -4,13 +4,12 @@
     python -m benchmarks.savings --steps 400 --look 11 201 399 --seeds 0 1 2 --out FILE             on digits
 
 Real CIFAR-10 at 16 px with 80 % uniform noise, WRN-10-1, in one process without Ray; or the digits of the demo, as they
-are trained there. The first run trains exactly, and
-at the steps of `--look` asks every variant for its ω* and λ* of the same batch and state: `weight_rel_error` is
-‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or neither count (ω > 0), `trust_agreement` the
-share of equal λ. ω° and λ° are those of the exact engine in float64; what `meta_every` remembers are exact ones of
-earlier steps. Then each variant trains by itself to the end of
-one cosine cycle; `top1` is on all test images. `never`, without meta steps, is the control: what ω and λ are worth.
-`--data` is as for `benchmarks.label_noise`.
+are trained there. The first run trains exactly, and at the steps of `--look` asks every variant for its ω* and λ* of
+the same batch and state: `weight_rel_error` is ‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or
+neither count (ω > 0), `trust_agreement` the share of equal λ. ω° and λ° are those of the exact engine in float64; what
+`meta_every` remembers are exact ones of earlier steps. Then each variant trains by itself to the end of one cosine
+cycle; `top1` is on all test images. `never`, without meta steps, is the control: what ω and λ are worth. `--data` is as
+for `benchmarks.label_noise`.
 """
 
 from __future__ import annotations

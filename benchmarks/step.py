@@ -61,6 +61,8 @@ FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
 
 def stepping(network: str, size: int, batch: int, dtype: str, device: torch.device) -> dict[str, Callable[[], object]]:
     """Steps of each variant (as many as `cycle` says), each on a network of its own with the same weights and batch."""
+    torch.compiler.reset()  # of networks before; beyond some graphs of one function it would give up without a word
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     model, held, _ = prepare(network, size, batch, device)
     flipped = held.weak_BCHW.flip(3).contiguous(memory_format=torch.channels_last)
     held = replace(held, strong_BCHW=flipped, group_keys=tuple(range(GROUPS)))

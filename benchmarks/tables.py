@@ -72,7 +72,7 @@ class Settings:
     out: str = RESULTS
     """Results, a line a run; lines are only added, and of several for one run the last counts."""
     again: bool = False
-    """Run what is in the results already, as the code is now; --storage must hold no runs of it."""
+    """Run what an earlier version has in the results already, as the code is now."""
     workers: int = 1
     """Training workers of a run; 0 trains in this process."""
     list: bool = False
@@ -326,13 +326,15 @@ def main() -> None:
         raise InputError("no cells given: name some, or see --list")
     else:
         chosen = chosen_cells(settings.cells)
+        if settings.again:
+            settings = replace(settings, storage=f"{settings.storage}/{_version()}")
         for cell in chosen:
             recipe_of(cell, settings, 0)  # what cannot be run is said before anything is
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
         for seed in range(settings.seeds):
             for cell in chosen:
-                done = {(row.cell, row.scale, row.seed) for row in read_rows(settings.out)}  # by others meanwhile, too
-                if settings.again or (cell.name, settings.scale, seed) not in done:
+                rows = [row for row in read_rows(settings.out) if not settings.again or row.version == _version()]
+                if (cell.name, settings.scale, seed) not in {(row.cell, row.scale, row.seed) for row in rows}:
                     row = measure(cell, settings, seed, console)
                     with open(settings.out, "a") as file:
                         file.write(json.dumps(asdict(row)) + "\n")

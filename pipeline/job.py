@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -63,17 +64,8 @@ class Progress:
         if not self.console.is_terminal and now - self.told > LOG_EVERY and images:
             self.told = now
             left = (self.total - done) / speed
-            told = f"{done:,.0f} of {self.total:,} images, {text}, {duration(left)} left"
+            told = f"{done:,.0f} of {self.total:,} images, {text}, {timedelta(seconds=round(left))} left"
             self.console.print(told, highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """`4:05` minutes, `3:04:05` hours, or `6 d 3 h`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days} d {hours % 24} h"
-    return f"{hours}:{minutes % 60:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def settings(*, ordered: bool = False) -> None:

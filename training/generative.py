@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.objectives.memory import blocks, with_features
 
 STARTS, MOST_STEPS = 10, 100
-LAYERS = 3  # as the paper has them
+LAYERS = 3  # as the authors' code has for DenseNet, there all of the last block; 4 for ResNet
 EM_STEPS = 500
 
 

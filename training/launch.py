@@ -37,6 +37,7 @@ from training.recipe import Recipe, as_json, parse
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = (
     "workers", "actors", "device", "tracker", "data", "storage", "checkpoint_steps", "checkpoint_minutes", "timeout",
+    "compile",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Passes(nn.Module):
     """
 
     _network: nn.Module
+    _compiled: Any
 
     def __init__(
         self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool, compiled: bool = False
@@ -56,9 +57,12 @@ class Passes(nn.Module):
             if isinstance(module, _BatchNorm)
             for name, _ in (*module.named_parameters(path), *module.named_buffers(path))
         )
-        self._compiled = torch.compile(self._pass, backend=BACKEND, dynamic=False) if compiled else None
+        self._compiles, self._compiled = compiled, None
         if compiled:
             torch._functorch.config.donated_buffer = False  # the weak pass's graph is gone through twice
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # a copy compiles its own
 
     def train(self, mode: bool = True) -> Passes:
         """See `nn.Module.train`."""
@@ -83,8 +87,9 @@ class Passes(nn.Module):
             finally:
                 for hook in hooks:
                     hook.remove()
-        if self._compiled is None or not self.training:  # evaluation has batches of many sizes
+        if not self._compiles or not self.training:  # evaluation has batches of many sizes
             return self._pass(image_bCHW, parameters, buffers)
+        self._compiled = self._compiled or torch.compile(self._pass, backend=BACKEND, dynamic=False)
         # A mode that watches (`Recorded`) would become part of what is compiled.
         with _pop_mode_temporarily() if _len_torch_function_stack() else nullcontext():
             return self._compiled(image_bCHW, parameters, buffers)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipeline.job import duration
 from training.recipe import Recipe
 
 LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
@@ -54,7 +54,7 @@ class Progress:
         if not self.console.is_terminal and (now - self.printed > LOG_EVERY or "top1" in message):
             self.printed = now
             left = (now - self.started) / max(step - self.first, 1) * (self.steps - step)
-            remaining = f"{duration(left)} left" if step > self.first else ""
+            remaining = f"{timedelta(seconds=round(left))} left" if step > self.first else ""
             self.console.print(
                 f"{self.recipe.name} {step}/{self.steps} {text} {remaining}", highlight=False, soft_wrap=True
             )

@@ -77,7 +77,7 @@ def test_nothing_moves_where_nothing_moved():
 )
 def test_linear_layers_move_as_pytorch_says(layer, shapes, moves, known):
     values = [draw(*shape, seed=place) for place, shape in enumerate(shapes)]
-    with Recorded() as recorded:
+    with Recorded(keeps=True) as recorded:
         layer(*values)
     expected = tangents_of(layer, values, moves, mode=False)
     with torch.no_grad(), dual_level(), FusedTangents(recorded.outputs if known else ()):
@@ -106,7 +106,7 @@ class Twice(nn.Module):
 def test_what_was_changed_in_place_is_computed_again():
     torch.manual_seed(0)
     model, x = Twice().double(), draw(2, 3, 5, 5, seed=0)
-    with Recorded() as recorded:
+    with Recorded(keeps=True) as recorded:
         model(x)
     assert [output is None for output in recorded.outputs] == [True, False, False]
     tangents = []

@@ -5,7 +5,6 @@ Shapes: B noisy examples, M probe examples in n groups of R, N training examples
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -127,9 +126,8 @@ class Ieg(Objective):
         """See `Objective`."""
         if self.scope == "replica":
             workers = Alone()
-        recorded = Recorded()
-        reads_record = self.engine == "forward" and self.meta_scope == "all" and not self._remembers(moment)
-        with recorded if reads_record else nullcontext():
+        moves_all = self.engine == "forward" and self.meta_scope == "all"
+        with Recorded(keeps=moves_all and not self._remembers(moment)) as recorded:
             weak_BK = model(batch.weak_BCHW)
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
         with torch.set_grad_enabled(self.kl > 0):
@@ -151,7 +149,7 @@ class Ieg(Objective):
             anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
             parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
             total = self.kl * pace * parts["consistency"]
-            if reads_record and not self.kl_into_weak:
+            if recorded.outputs and not self.kl_into_weak:
                 total = settled(total, model)  # the activations of the strong views make room for the record
 
         trust0 = self.lambda0 if self.relabel else 1.0
@@ -159,7 +157,7 @@ class Ieg(Objective):
         problem = MetaProblem(
             model, judges, moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
             self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
-            outputs=recorded.outputs,
+            recorded=recorded,
         )  # fmt: skip
         weight_B, trust_B = self._coefficients(problem)
         del problem, recorded  # they hold activations

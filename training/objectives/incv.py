@@ -16,6 +16,7 @@ from training.objectives.interface import Batch, Moment, Objective, Outcome, Wor
 from training.objectives.losses import forward_aside, plain_coefficients
 from training.objectives.memory import SEED, fresh_copy, seen
 
+MUCH = 0.6  # noise above which the selected ones train alone for longer (the authors' code)
 REMOVED = 2.0  # the most examples that are removed for one that is selected (the authors' code)
 
 
@@ -42,7 +43,8 @@ class Selection(nn.Module):
     def close_round(self, classes: int, symmetric: bool) -> None:
         """Select what was predicted as labelled; remove, in each half, ε/(1−ε) as many of the largest losses.
 
-        Where noise is not symmetric, a wrong label is always of the same class, and nothing is removed.
+        Where noise is not symmetric nothing is removed, and ε is that of a class taken for one other (the authors'
+        code has K−1 there too).
         """
         candidate_N = ~(self.selected_N | self.removed_N)
         judged_N = candidate_N & self.loss_N.isfinite()
@@ -88,7 +90,8 @@ class Incv(Objective):
     pace: float = 0.05
     """T_k as a share of the rest: until then co-teaching keeps less and less (authors' code: 10 epochs of 200)."""
     selected_only: float = 0.2
-    """Share of the rest without C (authors' code: 40 of 200 epochs, 80 at noise above 0.6 or asymmetric)."""
+    """Share of the rest without C, twice that at an ε above 0.6 or where noise is not symmetric (authors' code: 40 and
+    80 of 200 epochs)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
 
@@ -123,7 +126,8 @@ class Incv(Objective):
             others = batch.classes - 1 if self.symmetric else 1
             squared, agreeing = memory.noise_rate.square(), others * (1 - memory.noise_rate).square()
             wrong = float(squared / (squared + agreeing))  # of S: what both networks get wrong alike
-            among_B = selected_B if done < self.selected_only else selected_B | candidate_B
+            alone = self.selected_only * (2 if float(memory.noise_rate) > MUCH or not self.symmetric else 1)
+            among_B = selected_B if done < alone else selected_B | candidate_B
             pace = min(done / self.pace, 1) if self.pace else 1
             count = round(int(workers.gather(selected_B).sum()) * (1 - wrong * pace))
             good_for_f_B, good_for_g_B = (

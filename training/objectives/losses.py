@@ -58,7 +58,7 @@ def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
 
 
 class _Settled(torch.autograd.Function):
-    """A loss whose gradients are known. Backward goes through it once, and scales them in place."""
+    """A loss whose gradients are known; backward goes through it once."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters_and_gradients: Tensor | None) -> Tensor:
@@ -67,9 +67,9 @@ class _Settled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slope: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], slope[0])
-        return None, *gradients, *[None] * len(gradients)
+        gradients, ctx.gradients = ctx.gradients, ()
+        scaled = [None if gradient is None else slope[0] * gradient for gradient in gradients]
+        return None, *scaled, *[None] * len(gradients)
 
 
 def settled(loss: Tensor, model: nn.Module) -> Tensor:

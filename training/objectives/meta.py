@@ -13,6 +13,7 @@ Shapes: B noisy examples, M probe examples, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
 from training.objectives.memory import blocks, classifier
-from training.objectives.tangents import FusedTangents
+from training.objectives.tangents import FusedTangents, Recorded
 
 Engine = Literal["forward", "second_order", "difference"]
 Lookahead = Literal["momentum", "sgd", "l2r"]
@@ -49,11 +50,14 @@ class MetaProblem:
     lookahead: Lookahead  # "l2r": ω0 = 0, so that θ' = θ
     probe_decay: bool  # weight decay on θ' in the meta loss
     weight_B: Tensor | float = 1.0  # the initial weight of each example, relative to ω0
-    inner_loss: Tensor | None = None  # what the lookahead descends, for `logit_slope`; None: the mean of ω·CE(P, a)
+    # What the lookahead descends where that is more than the mean of ω·CE(P, a); not for second order.
+    inner_loss: Tensor | None = None
     scope: MetaScope = "all"  # which parameters the lookahead moves, and the meta gradient goes through
-    outputs: Sequence[
-        Tensor | None
-    ] = ()  # of the weak pass's layers, as `Recorded` keeps them: spares forward mode some work
+    recorded: Recorded | None = None  # the weak pass: what is known of it is not computed, and not drawn, again
+
+    def __post_init__(self) -> None:
+        if self.inner_loss is not None and self.scope != "all":
+            raise ValueError("inner_loss goes with scope all: otherwise the lookahead descends ω·CE(P, a) alone")
 
     @property
     def omega0(self) -> float:
@@ -181,13 +185,15 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
 def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
     # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    return functional_call(problem.model, {**theta, **buffers}, (problem.batch.weak_BCHW,))
+    with problem.recorded.replayed() if problem.recorded else nullcontext():
+        return functional_call(problem.model, {**theta, **buffers}, (problem.batch.weak_BCHW,))
 
 
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
     # Flash attention has no forward mode.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents(problem.outputs):
+    outputs = problem.recorded.outputs if problem.recorded else ()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents(outputs):
         moving = {name: make_dual(value.detach(), direction[name]) for name, value in theta.items()}
         return unpack_dual(_weak_logits(problem, moving)).tangent
 
@@ -220,6 +226,8 @@ def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: di
 
 def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
     """Backpropagation through the lookahead step: the oracle, with a graph of the gradient."""
+    if problem.inner_loss is not None:
+        raise ValueError("second_order knows no inner_loss: use engine forward or difference")
     theta, size = problem.parameters, len(problem.logits_BK)
     omega_B = (problem.logits_BK.new_full((size,), problem.omega0) * problem.weight_B).requires_grad_()
     lambda_B = problem.logits_BK.new_full((size,), problem.lambda0, requires_grad=True)

@@ -72,7 +72,7 @@ class MetaLabelCorrection(Objective):
         """See `Objective`."""
         memory = moment.memory
         assert isinstance(memory, LabelCorrection)
-        with Recorded() as recorded:
+        with Recorded(keeps=True) as recorded:
             logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
         corrected_BK = memory(feature_BD, batch.label_B)
         target_BK = corrected_BK.detach()
@@ -86,7 +86,7 @@ class MetaLabelCorrection(Objective):
         given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
             model, judges, moment, workers, logits_BK, given_BK, target_BK, lambda0=0.0, alpha=moment.lr,
-            lookahead="momentum", probe_decay=False, inner_loss=loss, outputs=recorded.outputs,
+            lookahead="momentum", probe_decay=False, inner_loss=loss, recorded=recorded,
         )  # fmt: skip
         slope_BK = logit_slope("forward", problem)
         with torch.no_grad():

@@ -60,7 +60,7 @@ class MetaWeightNet(Objective):
         """See `Objective`."""
         memory = moment.memory
         assert isinstance(memory, WeightNet)
-        with Recorded() as recorded:
+        with Recorded(keeps=self.engine == "forward") as recorded:
             logits_BK = model(batch.weak_BCHW)
         given_BK = one_hot(batch.label_B, logits_BK)
         loss_B = F.cross_entropy(logits_BK, batch.label_B, reduction="none")
@@ -69,7 +69,7 @@ class MetaWeightNet(Objective):
         plain = replace(moment, decayed=frozenset())  # the lookahead has no weight decay
         problem = MetaProblem(
             model, batch, plain, workers, logits_BK, given_BK, given_BK, lambda0=1.0, alpha=moment.lr,
-            lookahead="sgd", probe_decay=False, weight_B=weight_B.detach(), outputs=recorded.outputs,
+            lookahead="sgd", probe_decay=False, weight_B=weight_B.detach(), recorded=recorded,
         )  # fmt: skip
         gradient_B, _ = meta_gradient(self.engine, problem)
         descent = (unit(gradient_B, workers) * weight_B).mean()  # its gradient in Θ is ∂L^p/∂Θ; its value means nothing

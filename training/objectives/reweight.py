@@ -36,12 +36,12 @@ class Reweight(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
-        with Recorded() as recorded:
+        with Recorded(keeps=self.engine == "forward") as recorded:
             logits_BK = model(batch.weak_BCHW)
         given_BK = one_hot(batch.label_B, logits_BK)
         problem = MetaProblem(
             model, batch, moment, workers, logits_BK, given_BK, given_BK,
-            lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False, outputs=recorded.outputs,
+            lambda0=1.0, alpha=moment.lr, lookahead="l2r", probe_decay=False, recorded=recorded,
         )  # fmt: skip
         omega_gradient_B, _ = meta_gradient(self.engine, problem)
         weight_B = normalised_weights(-omega_gradient_B, workers)

@@ -86,7 +86,7 @@ class SelfLearning(Objective):
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """Features and prototypes."""
         features, dtype = classifier(model, classes).in_features, next(model.parameters()).dtype
-        kept = min(self.samples, max(examples // classes, 1))  # more would be of the same images, from an epoch before
+        kept = min(self.samples, max(examples // classes, 1))  # with equal classes each image once
         return Prototypes(examples, FeatureBank(classes, kept, features, dtype))
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

@@ -5,7 +5,8 @@ Shapes: B images, C channels, and any further dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,18 +19,29 @@ LINEAR = (F.conv2d, F.linear)  # in the input, and in the weight
 
 
 class Recorded(TorchFunctionMode):
-    """Inside it, outputs of convolutions and linear layers are kept; autograd holds most of them anyway."""
+    """A pass, so that forward mode can go through it again: its random state and, with `keeps`, what layers gave.
 
-    def __init__(self) -> None:
+    Those are the outputs of convolutions and linear layers. Autograd holds what batch norm is given anyway; it does not
+    hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
+    """
+
+    def __init__(self, *, keeps: bool) -> None:
         super().__init__()
+        self._keeps = keeps
         self._kept: list[tuple[Tensor, int]] = []
+        self._random: list[Tensor] = []
+
+    def __enter__(self) -> Recorded:
+        on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        self._random = [torch.get_rng_state(), *on_gpu]
+        return super().__enter__()
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """See `TorchFunctionMode`."""
         out = func(*args, **(kwargs or {}))
-        if func in LINEAR:
+        if self._keeps and func in LINEAR:
             self._kept.append((out.detach(), out._version))
         return out
 
@@ -37,6 +49,16 @@ class Recorded(TorchFunctionMode):
     def outputs(self) -> list[Tensor | None]:
         """In the order of the calls; None where what came after has changed it in place."""
         return [out if out._version == version else None for out, version in self._kept]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, dropout and stochastic depth draw what they drew in the pass; after it, as if nothing were drawn."""
+        on_cpu, *on_gpu = self._random
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
+            torch.set_rng_state(on_cpu)
+            for state in on_gpu:
+                torch.cuda.set_rng_state(state)
+            yield
 
 
 class FusedTangents(TorchFunctionMode):
