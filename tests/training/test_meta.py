@@ -13,6 +13,7 @@ from torch.func import functional_call
 from training.objectives.interface import Alone
 from training.objectives.meta import MetaProblem, meta_gradient
 from training.objectives.reweight import Reweight, normalised_weights
+from training.objectives.tangents import Recorded
 from training.recipe import METHODS
 
 ALPHA, LAMBDA0 = 0.1, 0.7
@@ -221,3 +222,35 @@ def test_weights_sum_to_the_batch_or_are_all_zero():
     expected_B = 4 * torch.tensor([0.3, 0.0, 0.1, 0.0], dtype=torch.float64) / (0.4 + 1e-5)
     torch.testing.assert_close(normalised_weights(raw_B, Alone()), expected_B, rtol=1e-12, atol=0)
     assert not normalised_weights(-raw_B.abs(), Alone()).any()
+
+
+class Random(torch.nn.Module):
+    """Dropout twice, around a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = torch.nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(torch.tanh(self.first(x)), 0.4)
+        return self.head(F.dropout(torch.tanh(self.second(x)).mean((2, 3)), 0.4))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("engine", ["forward", "difference"])
+def test_random_layers_draw_in_forward_mode_what_they_drew_before(engine, keeps, problem):
+    torch.manual_seed(0)
+    problem = dataclasses.replace(
+        problem, model=Random().double(), moment=dataclasses.replace(problem.moment, momentum_buffers={})
+    )
+    with Recorded(keeps=keeps) as recorded:
+        logits_BK = problem.model(problem.batch.weak_BCHW)
+    posed = dataclasses.replace(meta_problem(problem), logits_BK=logits_BK, recorded=recorded)
+    found = []
+    for name in (engine, "second_order"):
+        torch.manual_seed(1)  # trusted images are seen by the same draws
+        found.append(meta_gradient(name, posed))
+    tolerance = 1e-12 if engine == "forward" else 1e-4
+    for one_B, other_B in zip(*found, strict=True):
+        assert relative(one_B, other_B) < tolerance

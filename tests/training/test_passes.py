@@ -514,3 +514,9 @@ def test_compiled_bf16_trains(compiling):
     assert state.finite()
     assert said[-1].total < said[0].total
     assert not compiling["graph_break"]
+
+
+def test_two_networks_compile_each_their_own(compiling, problem):
+    expected = train(problem.fresh().model, METHODS["co-teaching"](), problem.batch, steps=2)
+    found = train(compiled(problem.fresh().model), METHODS["co-teaching"](), problem.batch, steps=2)
+    assert_trained_alike(found, expected, 1e-9)

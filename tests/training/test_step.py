@@ -295,17 +295,23 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["winnow", "reference"])
-def test_nothing_is_computed_twice(method, problem):
-    """Of L convolutions: weak, strong, trusted and joint views forward L each; tangents 2L but for the images, which do
-    not move; backward L for the inner loss and for each of the four.
+@pytest.mark.parametrize(
+    ("method", "passes"), [("winnow", 4), ("reference", 4), ("reweight", 2), ("mwn", 2), ("mlc", 3)]
+)
+def test_nothing_is_computed_twice(method, passes, problem):
+    """Of L convolutions: each pass (weak, trusted; strong, joint; taught) forwards L; tangents 2L but for the images,
+    which do not move; backward L for each pass and, but with ω0 = 0, for the inner loss.
     """
     layers = sum(isinstance(module, nn.Conv2d) for module in problem.model.modules())
-    state = TrainState(problem.model, momentum=0.9, weight_decay=0.03, decayed=frozenset(), average=True)
+    objective = METHODS[method]()
+    memory = objective.memory(problem.model, 40, problem.batch.classes)
+    state = TrainState(problem.model, momentum=0.9, weight_decay=0.03, decayed=frozenset(), average=True, memory=memory)
     with Convolutions() as seen:
-        update(state, METHODS[method](), problem.batch, lr=0.05, workers=Alone())
-    assert seen.counted[aten.convolution] == 6 * layers - 1
-    assert seen.counted[aten.convolution_backward] == 5 * layers
+        update(state, objective, problem.batch, lr=0.05, workers=Alone())
+    assert seen.counted[aten.convolution] == (passes + 2) * layers - 1
+    inner = 0 if method == "reweight" else 1
+    extra = 1 if method == "mlc" else 0  # what teaches is in the inner loss, too
+    assert seen.counted[aten.convolution_backward] == (passes + inner + extra) * layers
 
 
 def test_normalised_is_minus_one_to_one_channels_last():
