@@ -6,8 +6,8 @@
     python -m benchmarks.tables --markdown                                                 the README's table
 
 A run killed goes on when the command is given again; what is in the results already is not run again, but for
-`--again`. `--scale small`: CIFAR-10 at 16 px, 2,000 training images, WRN-10-1 (0.08 M parameters), B = M = 50, one
-cosine cycle of 400 steps.
+`--again`. `--scale small`: CIFAR-10 at 16 px, 2,000 training images, WRN-10-1 (0.08 M parameters), B = M = 50, 400
+steps, in one cosine cycle where a method's authors do not have it otherwise (`benchmarks.rivals`).
 """
 
 from __future__ import annotations
