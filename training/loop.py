@@ -301,8 +301,9 @@ def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.devi
     weak, strong, trusted = slice(recipe.group), slice(recipe.group, 2 * recipe.group), slice(2 * recipe.group, None)
 
     def on_device(column: str, rows: slice) -> Tensor:
-        array = np.concatenate([group[column][rows] for group in held])
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(np.concatenate([group[column][rows] for group in held]))
+        # From pageable memory the host would wait for all that the GPU has been given to do.
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
     return Batch(
         weak_BCHW=normalised(on_device("image", weak)),
