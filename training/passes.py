@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as aot_autograd
 from torch.autograd.forward_ad import unpack_dual
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -59,7 +60,7 @@ class Passes(nn.Module):
         )
         self._compiles, self._compiled = compiled, None
         if compiled:
-            torch._functorch.config.donated_buffer = False  # the weak pass's graph is gone through twice
+            aot_autograd.donated_buffer = False  # the weak pass's graph is gone through twice
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # a copy compiles its own

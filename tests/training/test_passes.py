@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import io
 import runpy
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -520,3 +522,18 @@ def test_two_networks_compile_each_their_own(compiling, problem):
     expected = train(problem.fresh().model, METHODS["co-teaching"](), problem.batch, steps=2)
     found = train(compiled(problem.fresh().model), METHODS["co-teaching"](), problem.batch, steps=2)
     assert_trained_alike(found, expected, 1e-9)
+
+
+def test_a_fresh_process_compiles():
+    """As a worker is: without what other tests have imported of torch."""
+    code = """
+import torch
+from training import networks, passes
+passes.BACKEND = "aot_eager"
+network = networks.build("wrn-10-1", 3, 4, seed=0)
+model = passes.Passes(network, chunks=1, dtype=torch.float32, channels_last=False, compiled=True)
+logits = model(torch.randn(2, 3, 8, 8))
+for retained in (True, False):
+    logits.sum().backward(retain_graph=retained)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
