@@ -33,7 +33,8 @@ class Passes(nn.Module):
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
 
     `compiled`, `torch.compile` makes one kernel of many in every training pass but forward mode, which it cannot trace;
-    nothing is recorded for forward mode then. It is for one chunk, and cannot be differentiated twice.
+    nothing is recorded for forward mode then, in which random layers draw anew. It is for one chunk, and cannot be
+    differentiated twice.
     """
 
     _network: nn.Module
