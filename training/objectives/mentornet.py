@@ -67,7 +67,8 @@ class MentorNet(Objective):
             weight_B = (beyond_B <= 0).to(beyond_B)
         else:
             weight_B = (1 - beyond_B / self.softness).clamp(0, 1)
-        weight_B = weight_B * kept(batch, DROPPED_EARLY if moment.progress < BURN_IN else DROPPED).to(weight_B)
+        kept_B = kept(batch, DROPPED_EARLY if moment.progress < BURN_IN else DROPPED)
+        weight_B = weight_B * kept_B.to(weight_B, non_blocking=True)
         loss = (weight_B * loss_B).mean()
         return Outcome(
             loss,

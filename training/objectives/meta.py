@@ -204,8 +204,9 @@ def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor
     Through whole networks this takes longer than forward mode, through batch norm above all (docs/log.md).
     """
     residual_BK = problem.logits_BK.detach().softmax(1) - problem.target(problem.lambda0)
-    weights = torch.as_tensor(problem.weight_B).reshape(-1, 1)
-    u_BK = (weights * residual_BK / len(residual_BK)).requires_grad_()  # of the inner loss
+    weight_B = problem.weight_B
+    weight_B1 = weight_B[:, None] if isinstance(weight_B, Tensor) else weight_B
+    u_BK = (weight_B1 * residual_BK / len(residual_BK)).requires_grad_()  # of the inner loss
     gradients = torch.autograd.grad(problem.logits_BK, list(theta.values()), u_BK, create_graph=True)
     inner = None
     if problem.lookahead != "l2r":
