@@ -6,13 +6,13 @@ Shapes: B images of C channels and H×W pixels, b of them in one chunk, K classe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as aot_autograd
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
@@ -32,13 +32,13 @@ class Passes(nn.Module):
     are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
 
-    `compiled`, `torch.compile` makes one kernel of many in every training pass but forward mode, which it cannot trace;
-    nothing is recorded for forward mode then, in which random layers draw anew. It is for one chunk, and cannot be
-    differentiated twice.
+    `compiled`, `torch.compile` makes one kernel of many in every training pass; nothing is recorded for forward mode
+    then, in which random layers draw anew. It is for one chunk, and cannot be differentiated twice.
     """
 
     _network: nn.Module
     _compiled: Any
+    _compiled_moved: dict[torch.Size, Any]
 
     def __init__(
         self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool, compiled: bool = False
@@ -59,12 +59,12 @@ class Passes(nn.Module):
             if isinstance(module, _BatchNorm)
             for name, _ in (*module.named_parameters(path), *module.named_buffers(path))
         )
-        self._compiles, self._compiled = compiled, None
+        self._compiles, self._compiled, self._compiled_moved = compiled, None, {}
         if compiled:
             aot_autograd.donated_buffer = False  # the weak pass's graph is gone through twice
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # a copy compiles its own
+        return {**self.__dict__, "_compiled": None, "_compiled_moved": {}}  # a copy compiles its own
 
     def train(self, mode: bool = True) -> Passes:
         """See `nn.Module.train`."""
@@ -82,19 +82,48 @@ class Passes(nn.Module):
         return torch.cat([run(image_bCHW, parameters, buffers) for image_bCHW in image_BCHW.chunk(chunks)])
 
     def _run(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        compiles = self._compiles and self.training  # evaluation has batches of many sizes
         if any(unpack_dual(value).tangent is not None for value in parameters.values()):
-            hooks = [module.register_forward_hook(_match_tangent) for module in self._network.modules()]
-            try:
-                return self._pass(image_bCHW, parameters, buffers)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        if not self._compiles or not self.training:  # evaluation has batches of many sizes
+            moved = self._moved_compiled if compiles else self._moved
+            return moved(image_bCHW, {**parameters, **buffers})
+        if not compiles:
             return self._pass(image_bCHW, parameters, buffers)
         self._compiled = self._compiled or torch.compile(self._pass, backend=BACKEND, dynamic=False)
-        # A mode that watches (`Recorded`) would become part of what is compiled.
-        with _pop_mode_temporarily() if _len_torch_function_stack() else nullcontext():
+        with _unwatched():
             return self._compiled(image_bCHW, parameters, buffers)
+
+    def _moved(self, image_bCHW: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        # In forward mode.
+        hooks = [module.register_forward_hook(_match_tangent) for module in self._network.modules()]
+        try:
+            return self._pass(image_bCHW, values, {})
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _moved_compiled(self, image_bCHW: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        # torch.compile cannot look into forward mode. But below autograd that is operations like any other, so those
+        # are written down once, and compiled.
+        from torch._dynamo import lookup_backend  # as long to import as a small run
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        pairs = {name: unpack_dual(value) for name, value in values.items()}
+        moving = [name for name, pair in pairs.items() if pair.tangent is not None]
+
+        def moved(image_bCHW: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+            values = dict(zip(pairs, held, strict=False))
+            tangents = zip(moving, held[len(pairs) :], strict=True)
+            values |= {name: make_dual(values[name], tangent) for name, tangent in tangents}
+            return tuple(unpack_dual(self._moved(image_bCHW, values)))
+
+        held = [pair.primal for pair in pairs.values()] + [pairs[name].tangent for name in moving]
+        if image_bCHW.shape not in self._compiled_moved:
+            operations = make_fx(moved)(image_bCHW, *held)
+            with _unwatched():
+                compiled = lookup_backend(BACKEND)(operations, [image_bCHW, *held])
+            self._compiled_moved[image_bCHW.shape] = compiled
+        with _unwatched():
+            return make_dual(*self._compiled_moved[image_bCHW.shape](image_bCHW, *held))
 
     def _pass(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         # Cast by hand, since autocast leaves tangents behind; and for each chunk, so that gradients add up uncast.
@@ -117,6 +146,11 @@ class Passes(nn.Module):
                 return self._run(image_bCHW, parameters, held)
 
         return checkpoint(run, image_bCHW, use_reentrant=False)
+
+
+def _unwatched() -> AbstractContextManager:
+    # A mode that watches (objectives/tangents.py) would become part of what is compiled.
+    return _pop_mode_temporarily() if _len_torch_function_stack() else nullcontext()
 
 
 def _match_tangent(module: nn.Module, inputs: Any, output: Any) -> Any:
