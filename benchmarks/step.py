@@ -9,7 +9,8 @@ which other work on the machine disturbs least. `memory_ratio` compares the peak
 what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
 network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
 `by_group` is exact with one of four groups in the network at a time (`--pass-groups 1`), `compiled` and
-`vanilla_compiled` with torch.compile (`--compile`), which on a CPU wants a C++ compiler and a minute a network.
+`vanilla_compiled` with torch.compile (`--compile`), which on a CPU wants a C++ compiler and a minute a network;
+`graph`, `vanilla_graph` … as one CUDA graph (`--cuda-graph`), on GPUs alone; their memory is that of the capture.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from typing import Any
 import torch
 
 from benchmarks.meta_gradient import CLASSES, Row, elapsed, peak_memory, prepare
+from training.graph import WARM_UPS, StepGraph
 from training.objectives.ieg import winnow
 from training.objectives.interface import Alone, Batch, Objective
 from training.objectives.supervised import Supervised
 from training.passes import Passes
 from training.state import TrainState
-from training.step import update
+from training.step import Differentiate, differentiate, update
 
 NEVER = 1_000_000_000  # a meta step in step 0 alone; all other examples keep ω0 and λ0: a control
 VARIANTS: dict[str, Objective] = {
@@ -49,17 +51,25 @@ VARIANTS: dict[str, Objective] = {
     "block_every_2": replace(winnow(), meta_scope="last_block", meta_every=2),
     "never": replace(winnow(), meta_every=NEVER),
 }
-GROUPS, WARM_UPS = 4, 2
+GROUPS = 4
 HOW: dict[str, tuple[str, dict[str, Any]]] = {  # objective, and how its network is run
     **{name: (name, {}) for name in VARIANTS},
     "by_group": ("exact", {"chunks": GROUPS}),
     "vanilla_compiled": ("vanilla", {"compiled": True}),
     "compiled": ("exact", {"compiled": True}),
+    "vanilla_graph": ("vanilla", {}),
+    "graph": ("exact", {}),
+    "by_group_graph": ("exact", {"chunks": GROUPS}),
+    "last_layer_graph": ("last_layer", {}),
+    "vanilla_compiled_graph": ("vanilla", {"compiled": True}),
+    "compiled_graph": ("exact", {"compiled": True}),
 }
 FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
 
 
-def stepping(network: str, size: int, batch: int, dtype: str, device: torch.device) -> dict[str, Callable[[], object]]:
+def stepping(
+    network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str]
+) -> dict[str, Callable[[], object]]:
     """Steps of each variant (as many as `cycle` says), each on a network of its own with the same weights and batch."""
     torch.compiler.reset()  # of networks before; beyond some graphs of one function it would give up without a word
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -67,9 +77,11 @@ def stepping(network: str, size: int, batch: int, dtype: str, device: torch.devi
     flipped = held.weak_BCHW.flip(3).contiguous(memory_format=torch.channels_last)
     held = replace(held, strong_BCHW=flipped, group_keys=tuple(range(GROUPS)))
     calls: dict[str, Callable[[], object]] = {}
-    for name, (variant, how) in HOW.items():
+    for name in names:
+        variant, how = HOW[name]
         objective = VARIANTS[variant]
-        calls[name] = partial(_steps, _state(deepcopy(model), dtype, how, objective, batch), objective, held)
+        by = StepGraph() if name.endswith("graph") else differentiate
+        calls[name] = partial(_steps, _state(deepcopy(model), dtype, how, objective, batch), objective, held, by)
     return calls
 
 
@@ -90,10 +102,10 @@ def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: O
     )
 
 
-def _steps(state: TrainState, objective: Objective, batch: Batch) -> None:
+def _steps(state: TrainState, objective: Objective, batch: Batch, by: Differentiate) -> None:
     # As many as there are from one meta step to the next.
     for _ in range(cycle(objective)):
-        update(state, objective, batch, lr=0.01, workers=Alone())
+        update(state, objective, batch, lr=0.01, workers=Alone(), by=by)
         state.optimizer.zero_grad(set_to_none=True)
 
 
@@ -103,7 +115,9 @@ def cycle(objective: Objective) -> int:
     return 1 if every == NEVER else every
 
 
-def measure(network: str, size: int, batch: int, dtype: str, device: torch.device, rounds: int) -> Iterator[Row]:
+def measure(
+    network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str], rounds: int
+) -> Iterator[Row]:
     """One row a variant, printed too."""
     errors: dict[str, str] = {}
 
@@ -116,17 +130,17 @@ def measure(network: str, size: int, batch: int, dtype: str, device: torch.devic
         torch.cuda.empty_cache()
         return None
 
-    calls = attempt("network", lambda: stepping(network, size, batch, dtype, device)) or {}
+    calls = attempt("network", lambda: stepping(network, size, batch, dtype, device, names)) or {}
     for _ in range(WARM_UPS):
         for name, call in calls.items():
             attempt(name, call)
     peaks = {name: attempt(name, partial(peak_memory, call, device)) for name, call in calls.items()}
     taken = [{n: attempt(n, partial(elapsed, c, device)) for n, c in calls.items()} for _ in range(rounds)]
-    for name, (variant, _) in HOW.items():
+    for name in names:
         row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
         row |= dict.fromkeys(FORMATS)
         if calls and not {"vanilla", name} & set(errors):
-            steps = cycle(VARIANTS[variant])
+            steps = cycle(VARIANTS[HOW[name][0]])
             row["ms"] = 1e3 * statistics.median(times[name] for times in taken) / steps
             row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken) / steps
             row["memory_ratio"] = peaks[name] / peaks["vanilla"]
@@ -143,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", help="wrn-10-1 resnet29; on a GPU resnet29 wrn-28-10 resnet50")
     parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 48, on a GPU 100")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bf16"), help="float32; on a GPU both")
+    parser.add_argument("--variants", nargs="+", choices=[n for n in HOW if n != "vanilla"], help="beside vanilla; all")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", type=int, help="pixels a side; 32, of a timm network 224")
@@ -150,6 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     batch, networks = (100, ["resnet29", "wrn-28-10", "resnet50"]) if gpu else (48, ["wrn-10-1", "resnet29"])
+    names = [
+        n for n in HOW if n != "vanilla" and (n in chosen.variants if chosen.variants else gpu or "graph" not in n)
+    ]
+    compiled = [name for name in names if "compiled" in HOW[name][1]]
+    parts = [part for part in ([name for name in names if name not in compiled], compiled) if part]
     torch.set_num_threads(torch.get_num_threads() if gpu else 1)  # one is steadier
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     told: dict[str, Any] = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -159,8 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in chosen.networks or networks:
         size = chosen.size or (32 if network.startswith(("wrn", "resnet29")) else 224)
         for dtype in chosen.dtypes or (["float32", "bf16"] if gpu else ["float32"]):
-            told["rows"] += measure(network, size, chosen.batch or batch, dtype, device, chosen.rounds)
-            chosen.out.write_text(json.dumps(told, indent=1) + "\n")
+            # What takes a minute to compile comes last, beside vanilla again: cut off, it loses only itself.
+            for part in parts:
+                beside = ["vanilla", *part]
+                rows = list(measure(network, size, chosen.batch or batch, dtype, device, beside, chosen.rounds))
+                told["rows"] += rows if part is parts[0] else rows[1:]
+                chosen.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

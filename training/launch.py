@@ -37,7 +37,7 @@ from training.recipe import Recipe, as_json, parse
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = (
     "workers", "actors", "device", "tracker", "data", "storage", "checkpoint_steps", "checkpoint_minutes", "timeout",
-    "compile",
+    "compile", "cuda_graph",
 )  # fmt: skip
 
 
@@ -198,6 +198,8 @@ def _use_gpu(recipe: Recipe, console: Console) -> bool:
     use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and (gpus >= max(least, 1) or to_come))
     if recipe.device == "gpu" and gpus < least and "RAY_ADDRESS" not in os.environ:
         raise InputError(f"{least} workers want a GPU each and this machine has {gpus}: set --device or --workers")
+    if recipe.cuda_graph and not use_gpu:
+        raise InputError("cuda_graph wants a GPU and the run would be on a CPU: leave it out, or see --device")
     place = "this process" if most == 0 else f"{most} workers" if least == most else f"{least} to {most} workers"
     console.print(f"{recipe.name}: training in {place} on {'GPU' if use_gpu else 'CPU'}", highlight=False)
     return use_gpu

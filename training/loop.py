@@ -25,13 +25,22 @@ from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group
 from training import checkpoint, model_file, networks
 from training.evaluation import evaluate
+from training.graph import StepGraph
 from training.ledger import Ledger, forget
 from training.monitor import Monitor, NotFiniteError
 from training.objectives.interface import Alone, Batch, Outcome, Workers
 from training.passes import Passes
 from training.recipe import Recipe, publishable
 from training.state import TrainState, kernels
-from training.step import Processes, WorkersError, average_statistics, gather_statistics, normalised, update
+from training.step import (
+    Processes,
+    WorkersError,
+    average_statistics,
+    differentiate,
+    gather_statistics,
+    normalised,
+    update,
+)
 from training.tracking import Tracker
 
 LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits for the device and the other workers
@@ -131,6 +140,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     told_at, told_step, kept_at = time.monotonic(), state.step, time.monotonic()
     waited, preempted = 0.0, False
 
+    by = StepGraph() if recipe.cuda_graph else differentiate
     batches = plan.by_step(stream.groups(ray.train.get_dataset_shard("train"), plan), world)
     for step in range(plan.start, plan.stop):
         asked = time.monotonic()
@@ -143,7 +153,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
             forget(job.folder, step)  # now that all is as it should be; others write no file before rank 0's first step
         batch = assemble(held, recipe, len(job.class_names), device)
         lr = recipe.schedule.learning_rate(step)
-        outcome = update(state, recipe.objective, batch, lr=lr, workers=workers, steps=recipe.schedule.steps)
+        outcome = update(state, recipe.objective, batch, lr=lr, workers=workers, steps=recipe.schedule.steps, by=by)
         known = {
             column: np.concatenate([group[column][: recipe.group] for group in held])
             for column in ("id", "epoch", "label")

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from training.objectives.tangents import capturing
+
 BACKEND = "inductor"  # of torch.compile
 
 
@@ -145,7 +147,7 @@ class Passes(nn.Module):
             with torch._C.DisableTorchFunction():  # no one keeps what is computed again (objectives/tangents.py)
                 return self._run(image_bCHW, parameters, held)
 
-        return checkpoint(run, image_bCHW, use_reentrant=False)
+        return checkpoint(run, image_bCHW, use_reentrant=False, preserve_rng_state=not capturing())
 
 
 def _unwatched() -> AbstractContextManager:

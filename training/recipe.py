@@ -115,6 +115,9 @@ class Recipe:
     compile: bool = False
     """Compile the network's training passes with torch.compile: a minute or more at every start, then shorter steps. It
     leaves out forward mode, and methods that read features. On a CPU it needs a C++ compiler."""
+    cuda_graph: bool = False
+    """Let a GPU repeat the step's passes by itself, as one CUDA graph, instead of waiting for its host: much shorter
+    steps with networks for small images. For one worker, and methods winnow, reference, supervised and M-1 … M-10."""
     pass_groups: int = 0
     """Groups that go through the network at once; 0: all that a worker has. Fewer need less memory and more time, for
     the same result: the meta step is still over the whole batch. Batch norm normalises the groups of a pass together,
@@ -166,6 +169,11 @@ class Recipe:
         engine, scope = getattr(self.objective, "engine", ""), getattr(self.objective, "meta_scope", "all")
         if self.compile and (engine == "second_order" or scope != "all" or self.pass_groups):
             raise ValueError("compile goes with neither engine second_order, nor a smaller meta_scope, nor pass_groups")
+        if self.cuda_graph and (self.most_workers > 1 or not self.objective.steady):
+            raise ValueError(
+                "cuda_graph is for one worker, and for the methods winnow, reference, supervised and M-1 … M-10 "
+                "with an objective.lookahead_lr and objective.meta_every 1"
+            )
         if self.probe_batch % self.groups:
             raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
 
@@ -176,8 +176,26 @@ def gather_statistics(state: TrainState, workers: Workers) -> list[dict[str, Ten
     return of_all
 
 
+Differentiate = Callable[[TrainState, Objective, Batch, Moment, Workers], Outcome]
+
+
+def differentiate(state: TrainState, objective: Objective, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
+    """What comes of the batch, its graph gone; the gradients are in the parameters."""
+    state.optimizer.zero_grad(set_to_none=True)
+    outcome = objective(state.model, batch, moment, workers)
+    outcome.total.backward()
+    return replace(outcome, total=outcome.total.detach())
+
+
 def update(
-    state: TrainState, objective: Objective, batch: Batch, *, lr: float, workers: Workers, steps: int = 1
+    state: TrainState,
+    objective: Objective,
+    batch: Batch,
+    *,
+    lr: float,
+    workers: Workers,
+    steps: int = 1,
+    by: Differentiate = differentiate,
 ) -> Outcome:
     """One step of SGD, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step."""
     if isinstance(workers, Processes):
@@ -192,9 +210,7 @@ def update(
         steps=steps,
         memory=state.memory,
     )
-    state.optimizer.zero_grad(set_to_none=True)
-    outcome = objective(state.model, batch, moment, workers)
-    outcome.total.backward()
+    outcome = by(state, objective, batch, moment, workers)
     parameters = [value for value in state.trained() if value.grad is not None]
     averaged = workers.mean([value.grad for value in parameters if value.grad is not None])
     for value, gradient in zip(parameters, averaged, strict=True):

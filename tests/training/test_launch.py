@@ -238,6 +238,11 @@ def test_gpus_that_are_to_come_are_waited_for(apart, tmp_path, local_ray, monkey
     assert not launch._use_gpu(recipe(tmp_path, workers=2, device="cpu"), silent)
 
 
+def test_a_cuda_graph_without_a_gpu_is_refused(tmp_path, local_ray):
+    with pytest.raises(InputError, match="cuda_graph wants a GPU and the run would be on a CPU: leave it out"):
+        launch._use_gpu(recipe(tmp_path, workers=1, cuda_graph=True), Console(file=io.StringIO()))
+
+
 def test_mistakes_end_a_script_with_one_line(tmp_path, capsys):
     def fail():
         raise InputError("the thing is wrong: mend it")

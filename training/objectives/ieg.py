@@ -20,6 +20,7 @@ from training.objectives.losses import (
     logit_norm,
     mixed_pass,
     one_hot,
+    pool_draws,
     settled,
     sharpen,
     split_trusted,
@@ -121,6 +122,15 @@ class Ieg(Objective):
         if self.meta_every == 1:
             return nn.Module()
         return LastCoefficients(examples, self.lambda0 if self.relabel else 1.0, next(model.parameters()).dtype)
+
+    @property
+    def steady(self) -> bool:
+        """See `Objective`."""
+        return self.lookahead_lr is not None and self.meta_every == 1
+
+    def draws(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Mixup's partners and factors."""
+        return pool_draws(batch, fold=self.fold_beta) if self.mixup == "on" else ()
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""

@@ -28,6 +28,7 @@ class Batch:
     probe_label_M: Tensor  # int64, trusted
     group_keys: tuple[int, ...]  # one random key a group, from (seed, step, group)
     classes: int
+    drawn: tuple[Tensor, ...] = ()  # what `Objective.draws` gave, where it was asked before the step
 
 
 class Workers(Protocol):
@@ -124,6 +125,18 @@ class Objective(ABC):
         and exported is the model alone. `examples` is N.
         """
         return nn.Module()
+
+    @property
+    def steady(self) -> bool:
+        """Whether all that changes from step to step is in tensors, so that a CUDA graph of one step is every step's.
+
+        Not so, as here, where a step reads its number or the learning rate, or looks at numbers on the host.
+        """
+        return False
+
+    def draws(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What a step draws on the host by the batch's keys, for `Batch.drawn`; here nothing."""
+        return ()
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

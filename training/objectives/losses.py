@@ -137,6 +137,13 @@ def mix(x_nR: Tensor, partner_nR: Tensor, beta_nR: Tensor) -> Tensor:
     return beta * x_nR + (1 - beta) * x_nR[groups, partner_nR]
 
 
+def pool_draws(batch: Batch, *, alpha: float = 0.5, fold: bool = True) -> tuple[Tensor, Tensor]:
+    """`mixing_draws` of the pools that `mixed_pass` mixes."""
+    image = batch.probe_MCHW
+    rows = (len(batch.probe_label_M) + 2 * len(batch.label_B)) // len(batch.group_keys)
+    return mixing_draws(batch.group_keys, rows, fold=fold, dtype=image.dtype, device=image.device, alpha=alpha)
+
+
 @dataclass(frozen=True)
 class Mixed:
     """The rows of a joint pass, by the first of each pair: trusted images, and both views of noisy ones."""
@@ -163,8 +170,7 @@ def mixed_pass(
     target_nRK = grouped(one_hot(batch.probe_label_M, label_BK), label_BK, label_BK)
     rows, probes = image_nRCHW.shape[1], len(batch.probe_label_M) // n
     if mixes:
-        dtype, device = image_nRCHW.dtype, image_nRCHW.device
-        draws = mixing_draws(batch.group_keys, rows, fold=fold, dtype=dtype, device=device, alpha=alpha)
+        draws = batch.drawn or pool_draws(batch, alpha=alpha, fold=fold)
         image_nRCHW, target_nRK = mix(image_nRCHW, *draws), mix(target_nRK, *draws)
     # Mixing has laid the images out channel by channel; all others are stored channels last, as convolutions like it.
     image_NCHW = image_nRCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)

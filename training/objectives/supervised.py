@@ -21,6 +21,11 @@ class Supervised(Objective):
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
 
+    @property
+    def steady(self) -> bool:
+        """See `Objective`."""
+        return True
+
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
         logits_BK = model(batch.weak_BCHW)

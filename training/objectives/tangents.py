@@ -18,6 +18,11 @@ from torch.overrides import TorchFunctionMode
 LINEAR = (F.conv2d, F.linear)  # in the input, and in the weight
 
 
+def capturing() -> bool:
+    """Whether what is launched becomes part of a CUDA graph (`training.graph`), whose random state cannot be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Recorded(TorchFunctionMode):
     """A pass, so that forward mode can go through it again: its random state and, with `keeps`, what layers gave.
 
@@ -32,7 +37,7 @@ class Recorded(TorchFunctionMode):
         self._random: list[Tensor] = []
 
     def __enter__(self) -> Recorded:
-        on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() and not capturing() else []
         self._random = [torch.get_rng_state(), *on_gpu]
         return super().__enter__()
 
