@@ -8,9 +8,11 @@ median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is 
 which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
 what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
 network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
-`by_group` is exact with one of four groups in the network at a time (`--pass-groups 1`), `compiled` and
-`vanilla_compiled` with torch.compile (`--compile`), which on a CPU wants a C++ compiler and a minute a network;
-`graph`, `vanilla_graph` … as one CUDA graph (`--cuda-graph`), on GPUs alone; their memory is that of the capture.
+`by_group` is exact with one of four groups in the network at a time (`--pass-groups 1`), `graph`, `vanilla_graph` … on
+GPUs are one CUDA graph (`--cuda-graph`), their memory that of its capture. Those by torch.compile (`--compile`) want a
+C++ compiler on a CPU, and a minute a network; they are measured where they are named, beside what they compare with:
+
+    python -m benchmarks.step --out benchmarks/results/step_compiled.json --variants exact vanilla_compiled compiled
 """
 
 from __future__ import annotations
@@ -157,34 +159,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", help="wrn-10-1 resnet29; on a GPU resnet29 wrn-28-10 resnet50")
     parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 48, on a GPU 100")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bf16"), help="float32; on a GPU both")
-    parser.add_argument("--variants", nargs="+", choices=[n for n in HOW if n != "vanilla"], help="beside vanilla; all")
+    parser.add_argument("--variants", nargs="+", choices=HOW, help="beside vanilla; all but the compiled")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", type=int, help="pixels a side; 32, of a timm network 224")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = device.type == "cuda"
+    if gpu := device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     batch, networks = (100, ["resnet29", "wrn-28-10", "resnet50"]) if gpu else (48, ["wrn-10-1", "resnet29"])
-    names = [
-        n for n in HOW if n != "vanilla" and (n in chosen.variants if chosen.variants else gpu or "graph" not in n)
-    ]
-    compiled = [name for name in names if "compiled" in HOW[name][1]]
-    parts = [part for part in ([name for name in names if name not in compiled], compiled) if part]
+    named = chosen.variants or [n for n in HOW if "compiled" not in n and (gpu or "graph" not in n)]
+    names = [name for name in HOW if name == "vanilla" or name in named]
     torch.set_num_threads(torch.get_num_threads() if gpu else 1)  # one is steadier
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     told: dict[str, Any] = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    told |= {"load": os.getloadavg()[0], "rows": []}
+    told |= {"load": os.getloadavg()[0], "rounds": chosen.rounds, "rows": []}
     print(*(f"{key} {value}" for key, value in told.items() if key != "rows"), sep=", ")
     print(f"{'network':<11}{'dtype':<9}{'variant':<18}" + "".join(f"{name:>{len(name) + 2}}" for name in FORMATS))
     for network in chosen.networks or networks:
         size = chosen.size or (32 if network.startswith(("wrn", "resnet29")) else 224)
         for dtype in chosen.dtypes or (["float32", "bf16"] if gpu else ["float32"]):
-            # What takes a minute to compile comes last, beside vanilla again: cut off, it loses only itself.
-            for part in parts:
-                beside = ["vanilla", *part]
-                rows = list(measure(network, size, chosen.batch or batch, dtype, device, beside, chosen.rounds))
-                told["rows"] += rows if part is parts[0] else rows[1:]
-                chosen.out.write_text(json.dumps(told, indent=1) + "\n")
+            told["rows"] += measure(network, size, chosen.batch or batch, dtype, device, names, chosen.rounds)
+            chosen.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

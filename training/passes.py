@@ -40,7 +40,7 @@ class Passes(nn.Module):
 
     _network: nn.Module
     _compiled: Any
-    _compiled_moved: dict[torch.Size, Any]
+    _compiled_moved: dict[tuple[Any, ...], Any]
 
     def __init__(
         self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool, compiled: bool = False
@@ -119,13 +119,13 @@ class Passes(nn.Module):
             return tuple(unpack_dual(self._moved(image_bCHW, values)))
 
         held = [pair.primal for pair in pairs.values()] + [pairs[name].tangent for name in moving]
-        if image_bCHW.shape not in self._compiled_moved:
+        key = (image_bCHW.shape, *moving)
+        if key not in self._compiled_moved:
             operations = make_fx(moved)(image_bCHW, *held)
             with _unwatched():
-                compiled = lookup_backend(BACKEND)(operations, [image_bCHW, *held])
-            self._compiled_moved[image_bCHW.shape] = compiled
+                self._compiled_moved[key] = lookup_backend(BACKEND)(operations, [image_bCHW, *held])
         with _unwatched():
-            return make_dual(*self._compiled_moved[image_bCHW.shape](image_bCHW, *held))
+            return make_dual(*self._compiled_moved[key](image_bCHW, *held))
 
     def _pass(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         # Cast by hand, since autocast leaves tangents behind; and for each chunk, so that gradients add up uncast.

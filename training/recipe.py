@@ -113,11 +113,12 @@ class Recipe:
     channels_last: bool = False
     """Keep images and kernels in NHWC order, which GPUs with tensor cores prefer."""
     compile: bool = False
-    """Compile the network's training passes with torch.compile: a minute or more at every start, then shorter steps. It
-    leaves out forward mode, and methods that read features. On a CPU it needs a C++ compiler."""
+    """Compile the network's training passes with torch.compile: a minute or more at every start, then perhaps shorter
+    steps. It leaves out methods that read features. On a CPU it needs a C++ compiler."""
     cuda_graph: bool = False
-    """Let a GPU repeat the step's passes by itself, as one CUDA graph, instead of waiting for its host: much shorter
-    steps with networks for small images. For one worker, and methods winnow, reference, supervised and M-1 … M-10."""
+    """Let a GPU repeat the step's passes by itself, as one CUDA graph, instead of waiting for its host: a third of the
+    time with ResNet-29, nearly the same with networks that fill a GPU. For one worker, networks without random layers
+    such as dropout, and the methods winnow, reference, supervised and M-1 … M-10."""
     pass_groups: int = 0
     """Groups that go through the network at once; 0: all that a worker has. Fewer need less memory and more time, for
     the same result: the meta step is still over the whole batch. Batch norm normalises the groups of a pass together,

@@ -1,6 +1,7 @@
 """A step on a GPU: all that it computes is there, and its host does not wait for it.
 
 Without a GPU the meta device stands in: it refuses to mix with the CPU, as a GPU does, and has no numbers to look at.
+What is sent there must not be waited for, either.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import VARIANTS
 from training.objectives.interface import Alone
@@ -32,6 +34,16 @@ def allow_waiting(device, allowed):
         torch.cuda.set_sync_debug_mode("default" if allowed else "error")
 
 
+class Upload(TorchDispatchMode):
+    """Refuses to send what the host would wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sent = func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device.type == "meta"
+        assert not sent or kwargs.get("non_blocking"), "the host waits for what it sends"
+        return out
+
+
 def steps(problem, objective, device, *, passes=lambda network: network, warm_up=1):
     """Steps on the device; after the warm-up, in which libraries are loaded, the host may not wait."""
     model = passes(problem.fresh().model).to(device, torch.float32)
@@ -47,7 +59,8 @@ def steps(problem, objective, device, *, passes=lambda network: network, warm_up
     batch = dataclasses.replace(problem.batch, **tensors)
     for step in range(2):
         allow_waiting(device, step < warm_up)
-        update(state, objective, batch, lr=0.1, workers=Alone(), steps=10)
+        with Upload():
+            update(state, objective, batch, lr=0.1, workers=Alone(), steps=10)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in WAIT])

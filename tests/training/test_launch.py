@@ -15,7 +15,7 @@ from safetensors.torch import safe_open
 from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from pipeline.noise import Noise
-from training import checkpoint, launch, ledger, networks, report
+from training import checkpoint, graph, launch, ledger, networks, report
 from training.recipe import METHODS, Recipe
 from training.schedule import Schedule
 from training.step import normalised
@@ -236,6 +236,17 @@ def test_gpus_that_are_to_come_are_waited_for(apart, tmp_path, local_ray, monkey
     assert launch._use_gpu(recipe(tmp_path, workers=2), silent) == bool(apart)
     assert not launch._use_gpu(recipe(tmp_path, workers=0), silent)
     assert not launch._use_gpu(recipe(tmp_path, workers=2, device="cpu"), silent)
+
+
+def test_a_run_captures_its_step_once(tmp_path, local_ray, monkeypatch):
+    """Without a GPU: what is captured has been computed once, and a replay does nothing."""
+    captured = []
+    monkeypatch.setattr(launch, "_use_gpu", lambda *_: False)
+    monkeypatch.setattr(graph, "aside", lambda work: work())
+    monkeypatch.setattr(graph, "capture", lambda work: (captured.append(work()) or captured[-1], lambda: None))
+    result = launch.run(recipe(tmp_path, cuda_graph=True), Console(file=io.StringIO()))
+    assert result.history[-1]["step"] == 20
+    assert len(captured) == 1
 
 
 def test_a_cuda_graph_without_a_gpu_is_refused(tmp_path, local_ray):

@@ -6,6 +6,7 @@ Shapes: B images, K classes.
 import copy
 import dataclasses
 import io
+import pickle
 import runpy
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +30,7 @@ from training.objectives.interface import Alone, Moment
 from training.objectives.meta import MetaProblem, meta_gradient
 from training.objectives.reweight import Reweight, normalised_weights
 from training.objectives.supervised import Supervised
+from training.objectives.tangents import FusedTangents
 from training.passes import Passes
 from training.recipe import METHODS
 from training.state import TrainState, kernels
@@ -87,10 +91,16 @@ def tensors(values: dict) -> dict:
 @pytest.fixture
 def compiling(monkeypatch):
     """As torch.compile does it, but for the code at its end, which wants a C++ compiler; counts what it does."""
-    monkeypatch.setattr(training_passes, "BACKEND", "aot_eager")
+    counters = torch._dynamo.utils.counters
+
+    def backend(operations, inputs):
+        counters["backend"]["calls"] += 1
+        return torch._dynamo.lookup_backend("aot_eager")(operations, inputs)
+
+    monkeypatch.setattr(training_passes, "BACKEND", backend)
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
+    counters.clear()
+    yield counters
     torch._dynamo.reset()
 
 
@@ -482,8 +492,10 @@ def test_a_copy_lives_on_its_own(problem, compiled, compiling):
         problem.model, chunks=1 if compiled else 2, dtype=torch.float64, channels_last=False, compiled=compiled
     )
     other, before = copy.deepcopy(model), tensors(model.state_dict())
-    train(other, Supervised(), problem.batch, steps=1)
+    train(other, winnow(), problem.batch, steps=1)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    again = pickle.loads(pickle.dumps(other))  # what is compiled is left behind
+    torch.testing.assert_close(again.state_dict(), other.state_dict(), rtol=0, atol=0)
     other.eval()
     assert model.training
     assert all(module.training for module in model.modules())
@@ -499,12 +511,16 @@ def compiled(network, dtype=torch.float64) -> Passes:
     return Passes(network, chunks=1, dtype=dtype, channels_last=False, compiled=True)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("winnow", 3), ("paper", 3), ("supervised", 1), ("mwn", 2), ("mlc", 2)])
-def test_compiled_passes_are_the_same_and_few_graphs(name, sizes, compiling, problem):
+@pytest.mark.parametrize(
+    ("name", "sizes", "moved"),
+    [("winnow", 3, 1), ("paper", 3, 1), ("supervised", 1, 0), ("mwn", 2, 1), ("mlc", 2, 1)],
+)
+def test_compiled_passes_are_the_same_and_few_graphs(name, sizes, moved, compiling, problem):
     expected = train(problem.fresh().model, METHODS[name](), problem.batch, steps=3)
     found = train(compiled(problem.fresh().model), METHODS[name](), problem.batch, steps=3)
     assert_trained_alike(found, expected, 1e-9)
     assert compiling["stats"]["unique_graphs"] == sizes  # of noisy, trusted and mixed images
+    assert compiling["backend"]["calls"] == sizes + moved  # forward mode once, too
     assert not compiling["graph_break"]
     found[0].predict(problem.batch.probe_MCHW[:3])  # evaluation is left as it is
     assert compiling["stats"]["unique_graphs"] == sizes
@@ -516,6 +532,21 @@ def test_compiled_bf16_trains(compiling):
     assert state.finite()
     assert said[-1].total < said[0].total
     assert not compiling["graph_break"]
+
+
+def test_compiled_forward_mode_knows_what_moves(compiling, problem):
+    """Two parameters of one shape, and then both."""
+    model, image = compiled(problem.fresh().model), problem.batch.weak_BCHW
+    names = [name for name, _ in model.named_parameters() if name.startswith("blocks.0.norm1.")]
+    for moving in (names[:1], names[1:], names):
+        tangents = []
+        for network in (model, model._network):
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            with torch.no_grad(), dual_level(), FusedTangents():
+                held = {name: model.get_parameter(name).detach() for name in moving}
+                values = {name: make_dual(value, torch.ones_like(value)) for name, value in held.items()}
+                tangents.append(unpack_dual(functional_call(network, {**buffers, **values}, (image,))).tangent)
+        torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-12)
 
 
 def test_two_networks_compile_each_their_own(compiling, problem):
