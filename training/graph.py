@@ -68,8 +68,9 @@ class StepGraph:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the device's own generator, which random layers draw from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    """Of the host's generator and the device's own, which random layers draw from."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_gpu])
 
 
 def aside(work: Callable[[], Result]) -> Result:
