@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -38,7 +39,7 @@ from training.objectives.interface import Alone, Batch, Coefficients, Moment
 from training.recipe import Recipe
 from training.schedule import Schedule
 from training.state import TrainState
-from training.step import update
+from training.step import moment_of, update
 
 CPU = torch.device("cpu")
 
@@ -110,7 +111,7 @@ def recipe_of(settings: Settings, seed: int) -> Recipe:
     return replace(digits.recipe("winnow"), seed=seed, schedule=schedule)
 
 
-def report(path: str, rows: dict[str, list], kind: str, row: Fidelity | Accuracy) -> None:
+def report(path: str, rows: dict[str, list], kind: str, row: Any) -> None:
     """Print a row, and write all so far."""
     print(*(f"{name} {value:.3f}" if isinstance(value, float) else value for name, value in asdict(row).items()))
     rows[kind].append(asdict(row))
@@ -142,11 +143,8 @@ def looks(recipe: Recipe, dataset: Dataset, at: tuple[int, ...]) -> Iterator[Fid
     state = new_state(recipe, 10, len(dataset.train), 1, CPU)
     memories = {name: objective.memory(state.model, len(dataset.train), 10) for name, objective in variants.items()}
     for step, batch in batches(recipe, dataset, max(at) + 1):
-        moment = Moment(
-            recipe.schedule.learning_rate(step), state.momentum, state.weight_decay, state.decayed,
-            state.momentum_buffers(), step, recipe.schedule.steps,
-        )  # fmt: skip
         if step in at:
+            moment = moment_of(state, recipe.schedule.learning_rate(step), recipe.schedule.steps)
             exact = in_float64(variants["exact"], state, batch, moment)
             for name, objective in variants.items():
                 told = replace(moment, memory=memories[name])

@@ -11,10 +11,7 @@ half a minute a run. `accuracy` is of one run for each scope. `judgement` is of 
 from __future__ import annotations
 
 import copy
-import json
-import os
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,17 +19,18 @@ import tyro
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.paper import Cell, cells
-from benchmarks.savings import CPU, advance, batches
+from benchmarks.savings import CPU, advance, batches, report
 from benchmarks.tables import Settings as Tables
 from benchmarks.tables import recipe_of
 from pipeline.dataset import Dataset, Examples
 from training.evaluation import evaluate
 from training.loop import new_state
 from training.objectives.ieg import Ieg
-from training.objectives.interface import Alone, Batch, Moment
+from training.objectives.interface import Alone, Batch
 from training.objectives.meta import MetaScope
 from training.recipe import Recipe
 from training.state import TrainState
+from training.step import moment_of
 
 SCOPES: tuple[MetaScope, ...] = ("all", "last_block", "last_layer")
 FIRST, EVERY = 20, 8  # steps at which all are asked
@@ -83,15 +81,9 @@ def main() -> None:
             for scope in SCOPES:
                 recipe = scoped(recipe_of(cell, Tables(data=settings.data, scale="small"), seed), scope)
                 accuracy, judgements = train(recipe, cell, scope)
-                print(
-                    *asdict(accuracy).values(),
-                    *(f"{row.scope} {row.weight_auroc:.3f}" for row in judgements),
-                    flush=True,
-                )
-                told["accuracy"].append(asdict(accuracy))
-                told["judgement"] += map(asdict, judgements)
-                machine = {"machine": f"CPU, {os.cpu_count()} cores"}
-                Path(settings.out).write_text(json.dumps(machine | told, indent=1) + "\n")
+                report(settings.out, told, "accuracy", accuracy)
+                for row in judgements:
+                    report(settings.out, told, "judgement", row)
 
 
 def scoped(recipe: Recipe, scope: MetaScope) -> Recipe:
@@ -117,10 +109,7 @@ def train(recipe: Recipe, cell: Cell, scope: MetaScope) -> tuple[Accuracy, list[
 
 def decided(recipe: Recipe, scope: MetaScope, state: TrainState, batch: Batch, dataset: Dataset) -> np.ndarray:
     """Whether each label is right, ω* and λ*, 3×B; the state stays as it is."""
-    moment = Moment(
-        recipe.schedule.learning_rate(state.step), state.momentum, state.weight_decay, state.decayed,
-        state.momentum_buffers(), state.step, recipe.schedule.steps,
-    )  # fmt: skip
+    moment = moment_of(state, recipe.schedule.learning_rate(state.step), recipe.schedule.steps)
     found = scoped(recipe, scope).objective(copy.deepcopy(state.model), batch, moment, Alone()).coefficients
     assert isinstance(dataset.train, Examples)
     assert dataset.train.true_label_N is not None

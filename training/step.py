@@ -176,6 +176,20 @@ def gather_statistics(state: TrainState, workers: Workers) -> list[dict[str, Ten
     return of_all
 
 
+def moment_of(state: TrainState, lr: float, steps: int) -> Moment:
+    """Where training stands, of `steps` in the whole run."""
+    return Moment(
+        lr,
+        state.momentum,
+        state.weight_decay,
+        state.decayed,
+        state.momentum_buffers(),
+        step=state.step,
+        steps=steps,
+        memory=state.memory,
+    )
+
+
 Differentiate = Callable[[TrainState, Objective, Batch, Moment, Workers], Outcome]
 
 
@@ -197,20 +211,13 @@ def update(
     steps: int = 1,
     by: Differentiate = differentiate,
 ) -> Outcome:
-    """One step of SGD, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step."""
+    """One step of SGD, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step.
+
+    `by` gives outcome and gradients: kernel by kernel, or as one CUDA graph (`training.graph`).
+    """
     if isinstance(workers, Processes):
         workers.step = state.step
-    moment = Moment(
-        lr,
-        state.momentum,
-        state.weight_decay,
-        state.decayed,
-        state.momentum_buffers(),
-        step=state.step,
-        steps=steps,
-        memory=state.memory,
-    )
-    outcome = by(state, objective, batch, moment, workers)
+    outcome = by(state, objective, batch, moment_of(state, lr, steps), workers)
     parameters = [value for value in state.trained() if value.grad is not None]
     averaged = workers.mean([value.grad for value in parameters if value.grad is not None])
     for value, gradient in zip(parameters, averaged, strict=True):
