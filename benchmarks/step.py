@@ -8,9 +8,10 @@ median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is 
 which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
 what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
 network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
-`by_group` is exact with one of four groups in the network at a time (`--pass-groups 1`), `graph`, `vanilla_graph` … on
-GPUs are one CUDA graph (`--cuda-graph`), their memory that of its capture. Those by torch.compile (`--compile`) want a
-C++ compiler on a CPU, and a minute a network; they are measured where they are named, beside what they compare with:
+`recompute` is exact with the activations of one block at a time (`--recompute`), `by_group` with one of four groups in
+the network at a time (`--pass-groups 1`); `graph`, `vanilla_graph` … on GPUs are one CUDA graph (`--cuda-graph`), their
+memory that of its capture. Those by torch.compile (`--compile`) want a C++ compiler on a CPU, and a minute a network;
+they are measured where they are named, beside what they compare with:
 
     python -m benchmarks.step --out benchmarks/results/step_compiled.json --variants exact vanilla_compiled compiled
 """
@@ -56,11 +57,13 @@ VARIANTS: dict[str, Objective] = {
 GROUPS = 4
 HOW: dict[str, tuple[str, dict[str, Any]]] = {  # objective, and how its network is run
     **{name: (name, {}) for name in VARIANTS},
+    "recompute": ("exact", {"recompute": True}),
     "by_group": ("exact", {"chunks": GROUPS}),
     "vanilla_compiled": ("vanilla", {"compiled": True}),
     "compiled": ("exact", {"compiled": True}),
     "vanilla_graph": ("vanilla", {}),
     "graph": ("exact", {}),
+    "recompute_graph": ("exact", {"recompute": True}),
     "by_group_graph": ("exact", {"chunks": GROUPS}),
     "last_layer_graph": ("last_layer", {}),
     "vanilla_compiled_graph": ("vanilla", {"compiled": True}),
@@ -159,9 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", help="wrn-10-1 resnet29; on a GPU resnet29 wrn-28-10 resnet50")
     parser.add_argument("--batch", type=int, help="noisy and trusted examples each; 48, on a GPU 100")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bf16"), help="float32; on a GPU both")
-    parser.add_argument("--variants", nargs="+", choices=HOW, help="beside vanilla; all but the compiled")
+    parser.add_argument(
+        "--variants", nargs="+", choices=HOW, metavar="NAME", help=f"of {', '.join(HOW)}; all but the compiled"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="in which each variant runs once (%(default)s)")
     parser.add_argument("--size", type=int, help="pixels a side; 32, of a timm network 224")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))

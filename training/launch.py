@@ -29,15 +29,15 @@ from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
-from training import checkpoint, model_file, networks, tracking
-from training.loop import FAILURE, NOTES, Job, read_note, train
+from training import checkpoint, model_file, tracking
+from training.loop import FAILURE, NOTES, Job, new_network, read_note, train
 from training.progress import Progress
 from training.recipe import Recipe, as_json, parse
 
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = (
     "workers", "actors", "device", "tracker", "data", "storage", "checkpoint_steps", "checkpoint_minutes", "timeout",
-    "compile", "cuda_graph",
+    "compile", "cuda_graph", "recompute",
 )  # fmt: skip
 
 # Else glibc gives the memory of every step back, and takes it anew page by page: a tenth of a step on a CPU.
@@ -266,9 +266,9 @@ def _check_start(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _check_network(recipe: Recipe) -> None:
-    """Build the network for any channels and classes, without memory, to refuse an unknown name early."""
+    """Build the network for any classes, without memory, to refuse early an unknown name and what it cannot do."""
     try:
-        with torch.device("meta"):
-            networks.build(recipe.network, channels=3, classes=10, seed=recipe.seed)
+        with torch.device("meta") as nowhere:
+            new_network(recipe, classes=10, workers=recipe.most_workers or 1, device=nowhere)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -252,13 +252,26 @@ def figures(step: int, lr: float, outcome: Outcome, recipe: Recipe, speed: float
     }
 
 
-def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device: torch.device) -> TrainState:
-    """The state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
-    model: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
+def new_network(recipe: Recipe, classes: int, workers: int, device: torch.device) -> nn.Module:
+    """The network before step 0, as each of `workers` runs it; raises ValueError for what it cannot be or do."""
+    network: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
-    if chunks > 1 or recipe.channels_last or recipe.precision == "bf16" or recipe.compile:
-        model = Passes(model, chunks=chunks, dtype=dtype, channels_last=recipe.channels_last, compiled=recipe.compile)
+    if chunks == 1 and dtype != torch.bfloat16 and not (recipe.channels_last or recipe.recompute or recipe.compile):
+        return network
+    return Passes(
+        network,
+        chunks=chunks,
+        dtype=dtype,
+        channels_last=recipe.channels_last,
+        recompute=recipe.recompute,
+        compiled=recipe.compile,
+    )
+
+
+def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device: torch.device) -> TrainState:
+    """The state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
+    model = new_network(recipe, classes, workers, device)
     memory = recipe.objective.memory(model, examples, classes).to(device)
 
     def decayed(module: nn.Module) -> frozenset[str]:

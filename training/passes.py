@@ -1,12 +1,13 @@
-"""How a network is run: in chunks that fit in memory, in a chosen precision and memory layout, compiled or not.
+"""How a network is run: in parts that fit in memory, in a chosen precision and memory layout, compiled or not.
 
 Shapes: B images of C channels and H×W pixels, b of them in one chunk, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,43 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from training.objectives.memory import blocks
 from training.objectives.tangents import capturing
 
 BACKEND = "inductor"  # of torch.compile
 
 
-class Passes(nn.Module):
+class _StandIn(nn.Module):
+    """`original`, with its names and values, under another forward."""
+
+    _original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Not a child, whose name would stand before all others, but the same registries.
+        object.__setattr__(self, "_original", original)
+        self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+
+    def train(self, mode: bool = True) -> _StandIn:
+        """See `nn.Module.train`."""
+        self._original.train(mode)
+        return super().train(mode)
+
+
+class _Recomputed(_StandIn):
+    """A block of a network, which keeps its inputs alone and is run again in backward.
+
+    One that is given lists, as in HRNet, is left as it is: it may change them.
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled() or not all(isinstance(x, Tensor) for x in inputs):
+            return self._original(*inputs)
+        return _again_in_backward(partial(_called, self._original), inputs, *_values(self))
+
+
+class Passes(_StandIn):
     """`network`, which trains on `chunks` equal parts of every batch in turn and computes in `dtype`.
 
     To objectives, optimiser and checkpoints it is the network, with its names, on one whole batch; images, logits,
@@ -34,25 +66,31 @@ class Passes(nn.Module):
     are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
 
+    `recompute`, backward computes block by block again instead, of the whole batch or of all chunks, of which the
+    forward pass has left what goes from block to block; batch norm cannot tell. Blocks are the elements of the
+    network's outermost `nn.Sequential`s but for lone layers; ValueError where there are fewer than two.
+
     `compiled`, `torch.compile` makes one kernel of many in every training pass; nothing is recorded for forward mode
     then, in which random layers draw anew. It is for one chunk, and cannot be differentiated twice.
     """
 
-    _network: nn.Module
     _compiled: Any
     _compiled_moved: dict[tuple[Any, ...], Any]
 
     def __init__(
-        self, network: nn.Module, *, chunks: int, dtype: torch.dtype, channels_last: bool, compiled: bool = False
+        self,
+        network: nn.Module,
+        *,
+        chunks: int,
+        dtype: torch.dtype,
+        channels_last: bool,
+        recompute: bool = False,
+        compiled: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(network)
         if channels_last:
             network.to(memory_format=torch.channels_last)
-        # Not a child, whose name would stand before all others, but the same registries under another forward.
-        object.__setattr__(self, "_network", network)
-        self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
-        self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self._chunks, self._dtype = chunks, dtype
+        self._chunks, self._dtype, self._recompute = chunks, dtype, recompute
         self._layout = torch.channels_last if channels_last else torch.preserve_format
         # Batch norm takes float32 parameters with bf16 images, and in bf16 its statistics would stop moving.
         self._uncast = frozenset(
@@ -61,6 +99,8 @@ class Passes(nn.Module):
             if isinstance(module, _BatchNorm)
             for name, _ in (*module.named_parameters(path), *module.named_buffers(path))
         )
+        if recompute:
+            _recompute_blocks(network)
         self._compiles, self._compiled, self._compiled_moved = compiled, None, {}
         if compiled:
             aot_autograd.donated_buffer = False  # the weak pass's graph is gone through twice
@@ -68,22 +108,20 @@ class Passes(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None, "_compiled_moved": {}}  # a copy compiles its own
 
-    def train(self, mode: bool = True) -> Passes:
-        """See `nn.Module.train`."""
-        self._network.train(mode)
-        return super().train(mode)
-
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits, B×K. Raises ValueError where a batch in training does not divide into the chunks."""
         chunks = self._chunks if self.training else 1
         if len(image_BCHW) % chunks:
             raise ValueError(f"{len(image_BCHW)} images do not divide into {chunks} equal chunks")
-        # Taken now: others may stand in for them (`functional_call`) that are gone again when backward recomputes.
-        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
-        run = self._run_again_in_backward if chunks > 1 and torch.is_grad_enabled() else self._run
-        return torch.cat([run(image_bCHW, parameters, buffers) for image_bCHW in image_BCHW.chunk(chunks)])
+        again = torch.is_grad_enabled() and (chunks > 1 or self._recompute)
+        run = partial(_again_in_backward, self._run) if again and not self._recompute else self._run
+        values = _values(self)
+        # No one keeps what is computed again (objectives/tangents.py).
+        with torch._C.DisableTorchFunction() if again else nullcontext():
+            return torch.cat([run((image_bCHW,), *values) for image_bCHW in image_BCHW.chunk(chunks)])
 
-    def _run(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, inputs: tuple[Tensor], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+        (image_bCHW,) = inputs
         compiles = self._compiles and self.training  # evaluation has batches of many sizes
         if any(unpack_dual(value).tangent is not None for value in parameters.values()):
             moved = self._moved_compiled if compiles else self._moved
@@ -96,7 +134,7 @@ class Passes(nn.Module):
 
     def _moved(self, image_bCHW: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         # In forward mode.
-        hooks = [module.register_forward_hook(_match_tangent) for module in self._network.modules()]
+        hooks = [module.register_forward_hook(_match_tangent) for module in self._original.modules()]
         try:
             return self._pass(image_bCHW, values, {})
         finally:
@@ -134,20 +172,40 @@ class Passes(nn.Module):
             for name, value in {**parameters, **buffers}.items()
         }
         cast_bCHW = image_bCHW.to(self._dtype, memory_format=self._layout)
-        return functional_call(self._network, values, (cast_bCHW,)).to(image_bCHW.dtype)
+        return functional_call(self._original, values, (cast_bCHW,)).to(image_bCHW.dtype)
 
-    def _run_again_in_backward(
-        self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> Tensor:
-        unmoved = [buffers]
 
-        def run(image_bCHW: Tensor) -> Tensor:
-            # Statistics move in the first run only; later ones move copies.
-            held = unmoved.pop() if unmoved else {name: buffer.clone() for name, buffer in buffers.items()}
-            with torch._C.DisableTorchFunction():  # no one keeps what is computed again (objectives/tangents.py)
-                return self._run(image_bCHW, parameters, held)
+def _again_in_backward(
+    run: Callable[..., Any], inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Any:
+    # Values are given, since others may stand in for them (`functional_call`) that are gone when backward recomputes.
+    unmoved = [buffers]
 
-        return checkpoint(run, image_bCHW, use_reentrant=False, preserve_rng_state=not capturing())
+    def run_on(*inputs: Tensor) -> Any:
+        # Statistics move in the first run only; later ones move copies.
+        held = unmoved.pop() if unmoved else {name: buffer.clone() for name, buffer in buffers.items()}
+        return run(inputs, parameters, held)
+
+    return checkpoint(run_on, *inputs, use_reentrant=False, preserve_rng_state=not capturing())
+
+
+def _values(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return dict(module.named_parameters()), dict(module.named_buffers())
+
+
+def _called(
+    module: nn.Module, inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Any:
+    return functional_call(module, {**parameters, **buffers}, inputs)
+
+
+def _recompute_blocks(network: nn.Module) -> None:
+    held = {path: network.get_submodule(path) for path in blocks(network)}
+    held = {path: block for path, block in held.items() if next(block.children(), None)}  # a lone layer gains nothing
+    if len(held) < 2:
+        raise ValueError("this network has no two blocks in an nn.Sequential to compute in turn: leave recompute out")
+    for path, block in held.items():
+        network.set_submodule(path, _Recomputed(block))
 
 
 def _unwatched() -> AbstractContextManager:

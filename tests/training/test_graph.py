@@ -101,13 +101,11 @@ def test_replayed_steps_are_the_steps(name, model, problem):
     assert_same(*both(model, problem, STEADY[name]))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", [{"chunks": 2}, {"chunks": 1, "compiled": True}, {"chunks": 1, "recompute": True}])
 @pytest.mark.parametrize("name", ["winnow", "supervised"])
-def test_replayed_steps_in_parts_or_compiled_are_the_steps(name, compiled, model, problem, monkeypatch):
+def test_replayed_steps_in_parts_or_compiled_are_the_steps(name, how, model, problem, monkeypatch):
     monkeypatch.setattr(passes, "BACKEND", "aot_eager")  # no C++ compiler
-    model = passes.Passes(
-        model, chunks=1 if compiled else 2, dtype=torch.float64, channels_last=False, compiled=compiled
-    )
+    model = passes.Passes(model, dtype=torch.float64, channels_last=False, **how)
     assert_same(*both(model, problem, METHODS[name]()))
     torch._dynamo.reset()
 

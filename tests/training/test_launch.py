@@ -69,6 +69,12 @@ def four_workers(local_ray, tmp_path_factory):
     return launch.run(recipe(tmp_path_factory.mktemp("four"), workers=4), Console(file=io.StringIO()))
 
 
+@pytest.fixture(scope="module")
+def recomputed(local_ray, tmp_path_factory):
+    """The same run inside this process, its blocks computed again in backward."""
+    return launch.run(recipe(tmp_path_factory.mktemp("again"), recompute=True), Console(file=io.StringIO()))
+
+
 def test_history_has_every_evaluation(in_process):
     result, printed = in_process
     assert [row["step"] for row in result.history] == [6, 10, 12, 18, 20]
@@ -101,21 +107,20 @@ def test_ledger_has_each_id_once_an_epoch(in_process, two_workers):
         assert [given[i] for i in ids] == table["label"].to_pylist()
 
 
-@pytest.mark.parametrize("number", ["two", "four"])
-def test_workers_train_the_same_as_one(in_process, number, request):
+@pytest.mark.parametrize("how", ["two_workers", "four_workers", "recomputed"])
+def test_however_it_is_computed_a_run_is_the_same(in_process, how, request):
     """Through the real stream: the same examples in each step, the same coefficients, the same parameters."""
-    several = request.getfixturevalue(f"{number}_workers")
+    same = request.getfixturevalue(how)
     by_id = [("step", "ascending"), ("id", "ascending")]
-    one, other = (ledger.read(result.folder).sort_by(by_id) for result in (in_process[0], several))
+    one, other = (ledger.read(result.folder).sort_by(by_id) for result in (in_process[0], same))
     for column in ("step", "epoch", "id", "label", "pseudo_label", "trust"):
         assert one[column].equals(other[column]), column
     for column in ("weight", "confidence", "loss"):  # kept in float32
         np.testing.assert_allclose(other[column].to_numpy(), one[column].to_numpy(), rtol=1e-6, atol=1e-7)
-    expected, actual = weights(in_process[0].folder), weights(several.folder)
+    expected, actual = weights(in_process[0].folder), weights(same.folder)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-10)
-    for row, same in zip(several.history, in_process[0].history, strict=True):
-        assert row["top1"] == same["top1"]
+    assert [row["top1"] for row in same.history] == [row["top1"] for row in in_process[0].history]
 
 
 def test_bf16_in_passes_of_one_group_gives_a_model_of_the_network_s_own_names(local_ray, tmp_path):
@@ -216,6 +221,7 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
     [
         ({"network": "wrm-28-10"}, "unknown network 'wrm-28-10': did you mean wrn-28-10"),
         ({"network": "wrn-11-1"}, "depth must be 10, 16, 22"),
+        ({"network": "vgg13", "recompute": True}, "no two blocks in an nn.Sequential .* leave recompute out"),
         ({"data": "/nowhere"}, "leave --data out"),
         ({"storage": "/proc/nowhere"}, "cannot write to /proc/nowhere/run: choose another folder"),
         ({"storage": "nothing://here"}, "cannot open nothing://here/run: its scheme is unknown"),

@@ -478,6 +478,7 @@ def test_between_meta_steps_examples_keep_their_coefficients(problem, monkeypatc
         ("resnet29", "blocks.8.", "head."),
         ("resnet18", "layer4.1.", "fc."),
         ("mobilenetv3_small_050", "blocks.5.", "classifier."),
+        ("vgg13", "0.31.", "3."),  # itself a nn.Sequential
     ],
 )
 def test_the_last_block_and_layer_are_found(network, block, layer):

@@ -30,7 +30,7 @@ from training.objectives.interface import Alone, Moment
 from training.objectives.meta import MetaProblem, meta_gradient
 from training.objectives.reweight import Reweight, normalised_weights
 from training.objectives.supervised import Supervised
-from training.objectives.tangents import FusedTangents
+from training.objectives.tangents import FusedTangents, Recorded
 from training.passes import Passes
 from training.recipe import METHODS
 from training.state import TrainState, kernels
@@ -50,8 +50,8 @@ OBJECTIVES = {
 }
 
 
-def passes(network, chunks=1, dtype=torch.float64, channels_last=False) -> Passes:
-    return Passes(network, chunks=chunks, dtype=dtype, channels_last=channels_last)
+def passes(network, chunks=1, dtype=torch.float64, channels_last=False, recompute=False) -> Passes:
+    return Passes(network, chunks=chunks, dtype=dtype, channels_last=channels_last, recompute=recompute)
 
 
 def new_state(model, memory=None) -> TrainState:
@@ -300,6 +300,90 @@ def test_a_batch_that_does_not_divide_is_refused_in_training_only(problem):
     assert state.predict(problem.batch.probe_MCHW).shape == (10, 5)
 
 
+# --- blocks computed again
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, *BASELINES, "last_block", "last_layer"])
+def test_blocks_computed_again_are_the_network_to_rounding(name, problem):
+    """Batch norm and its running statistics included, whatever the objective reads of the network."""
+    scoped = dataclasses.replace(winnow(), meta_scope=name) if name.startswith("last") else None
+    objective = scoped or OBJECTIVES.get(name) or METHODS[name]()
+    steps = 2 if name in OBJECTIVES else 3
+    expected = train(problem.fresh().model, objective, problem.batch, steps)
+    found = train(passes(problem.fresh().model, recompute=True), objective, problem.batch, steps)
+    assert_trained_alike(found, expected, 1e-8 if "difference" in name else 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunks_whose_blocks_are_computed_again_are_the_chunks(dtype, problem):
+    problem = problem if dtype == torch.float64 else build_problem(dtype=torch.float32)
+    expected, found = (
+        train(passes(problem.fresh().model, 2, dtype, True, recompute), winnow(), problem.batch)
+        for recompute in (False, True)
+    )
+    assert_trained_alike(found, expected, 1e-11 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("network", "share"),
+    [("resnet18", 0.5), ("densenet100", 0.1), ("mobilenetv3_small_050", 0.5), ("convnext_atto", 0.1),
+     ("hrnet_w18_small", 0.9)],  # most of its blocks are given lists, and change them
+)  # fmt: skip
+def test_any_network_s_blocks_are_computed_again(network, share):
+    image_BCHW, kept, found = torch.randn(2, 3, 32, 32), [], []
+    for recompute in (False, True):
+        model = passes(networks.build(network, 3, 4, seed=0), dtype=torch.float32, recompute=recompute)
+        held = []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            logits_BK = model(image_BCHW)
+        logits_BK.square().sum().backward()
+        kept.append(sum(held))
+        found.append([logits_BK.detach(), *(value.grad for value in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(found[1], found[0])
+    assert kept[1] < share * kept[0]
+
+
+class Deep(nn.Module):
+    """Three blocks of a layer behind `first`."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(copy.deepcopy(first), nn.Conv2d(3, 3, 1)) for _ in range(3)))
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        return self.blocks(image_BCHW).mean((2, 3))
+
+
+def test_blocks_drop_the_same_again_in_backward_and_in_forward_mode():
+    image_BCHW, found = torch.randn(6, 3, 4, 4), []
+    network = Deep(nn.Dropout(0.5))
+    for recompute in (False, True):
+        model = passes(copy.deepcopy(network), dtype=torch.float32, recompute=recompute)
+        torch.manual_seed(5)
+        with Recorded(keeps=True) as recorded:
+            logits_BK = model(image_BCHW)
+        for retained in (True, False):
+            logits_BK.square().sum().backward(retain_graph=retained)
+        found.append([logits_BK.detach(), *(value.grad for value in model.parameters())])
+        with torch.no_grad(), dual_level(), FusedTangents(recorded.outputs), recorded.replayed():
+            moving = {name: make_dual(value.detach(), value.detach()) for name, value in model.named_parameters()}
+            found[-1].append(unpack_dual(functional_call(model, moving, (image_BCHW,))).tangent)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_blocks_that_change_what_they_are_given_are_not_computed_from_that():
+    model = passes(Deep(nn.ReLU(inplace=True)), dtype=torch.float32, recompute=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("network", ["vgg13", "regnety_002"])
+def test_without_blocks_nothing_can_be_computed_again(network):
+    with pytest.raises(ValueError, match=r"no two blocks .* to compute in turn: leave recompute out"):
+        passes(networks.build(network, 3, 4, seed=0), recompute=True)
+
+
 # --- memory
 
 
@@ -353,6 +437,19 @@ def test_chunks_save_memory(objective, share):
         saved.append(sum(held))
     assert peaks[1] < share * peaks[0]
     assert saved[1] < 0.1 * saved[0]  # after a forward pass
+
+
+def test_blocks_computed_again_save_memory():
+    """Of the whole step, which needs hardly more than a vanilla one then."""
+    problem = build_problem("wrn-22-1", dtype=torch.float32, noisy=16, probe=16, size=32)
+    peaks = []
+    for objective, chunks, recompute in ((Supervised(), 1, False), (winnow(), 1, True), (winnow(), 4, True)):
+        state = new_state(passes(problem.fresh().model, chunks, torch.float32, recompute=recompute))
+        with Peak() as peak:
+            update(state, objective, problem.batch, lr=0.05, workers=Alone())
+        peaks.append(peak.bytes - peak.live)
+    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[2] < 0.95 * peaks[1]
 
 
 def test_a_step_holds_three_batches_of_activations_at_most():
@@ -448,15 +545,15 @@ def test_channels_last_is_the_same_to_rounding(problem, chunks, engine):
 # --- names
 
 
-@pytest.mark.parametrize("make", [lambda: networks.build("wrn-10-1", 3, 2, seed=0), Dropping])
-def test_names_are_the_networks_own(make):
-    network = make()
+@pytest.mark.parametrize(("name", "recompute"), [("wrn-10-1", False), ("wrn-10-1", True), ("", False)])
+def test_names_are_the_networks_own(name, recompute):
+    network = networks.build(name, 3, 2, seed=0) if name else Dropping()
     names = (
         [[name for name, _ in named] for named in (network.named_parameters(), network.named_buffers())],
         list(network.state_dict()),
     )
     decayed = kernels(network)
-    model = passes(network, chunks=2, dtype=torch.bfloat16, channels_last=True)
+    model = passes(network, chunks=2, dtype=torch.bfloat16, channels_last=True, recompute=recompute)
     assert names == (
         [[name for name, _ in named] for named in (model.named_parameters(), model.named_buffers())],
         list(model.state_dict()),
@@ -486,11 +583,9 @@ def test_weights_and_checkpoints_serve_the_bare_network(problem):
     torch.testing.assert_close(again.state_dict(), state.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_copy_lives_on_its_own(problem, compiled, compiling):
-    model = Passes(
-        problem.model, chunks=1 if compiled else 2, dtype=torch.float64, channels_last=False, compiled=compiled
-    )
+@pytest.mark.parametrize("how", [{"chunks": 2}, {"chunks": 1, "compiled": True}, {"chunks": 1, "recompute": True}])
+def test_a_copy_lives_on_its_own(problem, how, compiling):
+    model = Passes(problem.model, dtype=torch.float64, channels_last=False, **how)
     other, before = copy.deepcopy(model), tensors(model.state_dict())
     train(other, winnow(), problem.batch, steps=1)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -540,7 +635,7 @@ def test_compiled_forward_mode_knows_what_moves(compiling, problem):
     names = [name for name, _ in model.named_parameters() if name.startswith("blocks.0.norm1.")]
     for moving in (names[:1], names[1:], names):
         tangents = []
-        for network in (model, model._network):
+        for network in (model, model._original):
             buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
             with torch.no_grad(), dual_level(), FusedTangents():
                 held = {name: model.get_parameter(name).detach() for name in moving}

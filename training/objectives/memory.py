@@ -71,11 +71,11 @@ def classifier(model: nn.Module, classes: int) -> nn.Linear:
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """Names of a network's blocks, in order: the elements with a kernel of its outermost `nn.Sequential`s."""
+    """Names of a network's blocks, in order: the elements with a kernel of the outermost `nn.Sequential`s inside it."""
     found: list[str] = []
     outermost = ""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Sequential) and not (outermost and path.startswith(outermost)):
+        if path and isinstance(module, nn.Sequential) and not (outermost and path.startswith(outermost)):
             outermost = f"{path}."
             children = module.named_children()
             found += [f"{outermost}{n}" for n, child in children if any(p.dim() > 1 for p in child.parameters())]
