@@ -17,9 +17,9 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from training.objectives.memory import blocks
 from training.objectives.tangents import capturing
 
 BACKEND = "inductor"  # of torch.compile
@@ -40,19 +40,22 @@ class _StandIn(nn.Module):
     def train(self, mode: bool = True) -> _StandIn:
         """See `nn.Module.train`."""
         self._original.train(mode)
-        return super().train(mode)
+        self.training = mode
+        return self
 
 
 class _Recomputed(_StandIn):
-    """A block of a network, which keeps its inputs alone and is run again in backward.
+    """A block of a network, which keeps its inputs alone and is run again in backward."""
 
-    One that is given lists, as in HRNet, is left as it is: it may change them.
-    """
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._original(*inputs, **named)
 
-    def forward(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled() or not all(isinstance(x, Tensor) for x in inputs):
-            return self._original(*inputs)
-        return _again_in_backward(partial(_called, self._original), inputs, *_values(self))
+        def run(*inputs: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], **named: Any) -> Any:
+            return functional_call(self._original, {**parameters, **buffers}, inputs, named)
+
+        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        return _again_in_backward(run, *inputs, parameters=parameters, buffers=buffers, **named)
 
 
 class Passes(_StandIn):
@@ -66,9 +69,10 @@ class Passes(_StandIn):
     are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
 
-    `recompute`, backward computes block by block again instead, of the whole batch or of all chunks, of which the
-    forward pass has left what goes from block to block; batch norm cannot tell. Blocks are the elements of the
-    network's outermost `nn.Sequential`s but for lone layers; ValueError where there are fewer than two.
+    `recompute`, the blocks of `network`, which is changed in place, keep their inputs alone, and backward computes each
+    again when it comes to it, batch norm included. With chunks, too, the activations of one block of one chunk exist at
+    a time. Blocks are elements of an `nn.Sequential` or `nn.ModuleList`, see `_blocks`; ValueError where there are
+    fewer than two. The engine `second_order` saves less.
 
     `compiled`, `torch.compile` makes one kernel of many in every training pass; nothing is recorded for forward mode
     then, in which random layers draw anew. It is for one chunk, and cannot be differentiated twice.
@@ -114,14 +118,14 @@ class Passes(_StandIn):
         if len(image_BCHW) % chunks:
             raise ValueError(f"{len(image_BCHW)} images do not divide into {chunks} equal chunks")
         again = torch.is_grad_enabled() and (chunks > 1 or self._recompute)
-        run = partial(_again_in_backward, self._run) if again and not self._recompute else self._run
-        values = _values(self)
+        run = partial(_again_in_backward, self._run) if again and chunks > 1 else self._run
+        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
         # No one keeps what is computed again (objectives/tangents.py).
         with torch._C.DisableTorchFunction() if again else nullcontext():
-            return torch.cat([run((image_bCHW,), *values) for image_bCHW in image_BCHW.chunk(chunks)])
+            parts = image_BCHW.chunk(chunks)
+            return torch.cat([run(image_bCHW, parameters=parameters, buffers=buffers) for image_bCHW in parts])
 
-    def _run(self, inputs: tuple[Tensor], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-        (image_bCHW,) = inputs
+    def _run(self, image_bCHW: Tensor, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
         compiles = self._compiles and self.training  # evaluation has batches of many sizes
         if any(unpack_dual(value).tangent is not None for value in parameters.values()):
             moved = self._moved_compiled if compiles else self._moved
@@ -176,36 +180,51 @@ class Passes(_StandIn):
 
 
 def _again_in_backward(
-    run: Callable[..., Any], inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    run: Callable[..., Any], *inputs: Any, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], **named: Any
 ) -> Any:
+    # The first run may move buffers and change lists that it is given; later ones begin with copies of what these held.
     # Values are given, since others may stand in for them (`functional_call`) that are gone when backward recomputes.
-    unmoved = [buffers]
+    first = [(inputs, named, buffers)]
+    leaves, structure = tree_flatten((inputs, named))
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
 
-    def run_on(*inputs: Tensor) -> Any:
-        # Statistics move in the first run only; later ones move copies.
-        held = unmoved.pop() if unmoved else {name: buffer.clone() for name, buffer in buffers.items()}
-        return run(inputs, parameters, held)
+    def run_on(*leaves: Any) -> Any:
+        if first:
+            inputs, named, held = first.pop()
+        else:
+            inputs, named = tree_unflatten(leaves, structure)
+            held = {name: buffer.clone() for name, buffer in before.items()}
+        return run(*inputs, parameters=parameters, buffers=held, **named)
 
-    return checkpoint(run_on, *inputs, use_reentrant=False, preserve_rng_state=not capturing())
-
-
-def _values(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return dict(module.named_parameters()), dict(module.named_buffers())
-
-
-def _called(
-    module: nn.Module, inputs: tuple[Tensor, ...], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> Any:
-    return functional_call(module, {**parameters, **buffers}, inputs)
+    return checkpoint(run_on, *leaves, use_reentrant=False, preserve_rng_state=not capturing())
 
 
 def _recompute_blocks(network: nn.Module) -> None:
-    held = {path: network.get_submodule(path) for path in blocks(network)}
-    held = {path: block for path, block in held.items() if next(block.children(), None)}  # a lone layer gains nothing
-    if len(held) < 2:
-        raise ValueError("this network has no two blocks in an nn.Sequential to compute in turn: leave recompute out")
-    for path, block in held.items():
+    blocks = _blocks(network)
+    if len(blocks) < 2:
+        raise ValueError(
+            "this network has no two blocks in an nn.Sequential or nn.ModuleList to compute in turn: "
+            "leave recompute out, and use pass_groups instead"
+        )
+    for path, block in blocks.items():
         network.set_submodule(path, _Recomputed(block))
+
+
+def _blocks(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
+    # The smallest elements of two kernels that hold most kernels of what they are in: not the parts of a block.
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        place = f"{path}{name}"
+        inner = _blocks(child, f"{place}.")
+        element = isinstance(module, (nn.Sequential, nn.ModuleList)) and not isinstance(child, nn.ModuleList)
+        if element and _kernels(child) >= 2 and 2 * sum(map(_kernels, inner.values())) < _kernels(child):
+            inner = {place: child}
+        found |= inner
+    return found
+
+
+def _kernels(module: nn.Module) -> int:
+    return sum(value.dim() > 1 for value in module.parameters())
 
 
 def _unwatched() -> AbstractContextManager:

@@ -121,7 +121,7 @@ class Recipe:
     such as dropout, and the methods winnow, reference, supervised and M-1 … M-10."""
     recompute: bool = False
     """Keep what goes from block to block alone, and compute the inside of a block again in backward: the same numbers,
-    with 0.4 of the memory for 20 to 30 % more time; networks of few blocks save less."""
+    with 0.4 of the memory for a quarter more time; networks of few blocks save less. With pass_groups, less still."""
     pass_groups: int = 0
     """Groups that go through the network at once; 0: all that a worker has. Fewer need less memory and more time, for
     the same result: the meta step is still over the whole batch. Batch norm normalises the groups of a pass together,

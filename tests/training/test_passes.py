@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -326,8 +328,8 @@ def test_chunks_whose_blocks_are_computed_again_are_the_chunks(dtype, problem):
 
 @pytest.mark.parametrize(
     ("network", "share"),
-    [("resnet18", 0.5), ("densenet100", 0.1), ("mobilenetv3_small_050", 0.5), ("convnext_atto", 0.1),
-     ("hrnet_w18_small", 0.9)],  # most of its blocks are given lists, and change them
+    [("resnet18", 0.5), ("densenet100", 0.1), ("mobilenetv3_small_050", 0.5), ("convnext_atto", 0.3),
+     ("xcit_nano_12_p8_224", 0.3), ("hrnet_w18_small", 0.9)],  # HRNet changes lists of what its blocks are given
 )  # fmt: skip
 def test_any_network_s_blocks_are_computed_again(network, share):
     image_BCHW, kept, found = torch.randn(2, 3, 32, 32), [], []
@@ -344,15 +346,63 @@ def test_any_network_s_blocks_are_computed_again(network, share):
     assert kept[1] < share * kept[0]
 
 
-class Deep(nn.Module):
-    """Three blocks of a layer behind `first`."""
+class Block(nn.Module):
+    """Two convolutions behind `first`; changes the list that it is given, as HRNet's and selecsls' do."""
 
     def __init__(self, first: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(copy.deepcopy(first), nn.Conv2d(3, 3, 1)) for _ in range(3)))
+        self.layers = nn.Sequential(first, nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+    def forward(self, image_BCHW: Tensor, *, shifts: Sequence[Tensor | None] = (None,)) -> Tensor:
+        if isinstance(shifts, list):
+            shifts[0] = shifts[0] + 1
+        return self.layers(image_BCHW if shifts[0] is None else image_BCHW * shifts[0])
+
+
+class Deep(nn.Module):
+    """Blocks that begin with `first`, called with `named`."""
+
+    def __init__(self, first: nn.Module, blocks: int = 3, **named: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.blocks, self.named = nn.ModuleList(Block(copy.deepcopy(first)) for _ in range(blocks)), named
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        return self.blocks(image_BCHW).mean((2, 3))
+        for block in self.blocks:
+            image_BCHW = block(image_BCHW, **self.named)
+        return image_BCHW.mean((2, 3))
+
+
+class Growing(nn.Module):
+    """Reads a buffer that it moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.ones(()))
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        self.passes.add_(1)
+        return image_BCHW * self.passes.clone()
+
+
+class Frozen(nn.BatchNorm2d):
+    """Batch norm that stays in eval mode."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Deep(Growing()), Deep(spectral_norm(nn.Conv2d(3, 3, 1))), Deep(Frozen(3)), Deep(nn.Identity(), shifts=(None,)),
+     Deep(nn.Identity(), shifts=[torch.ones(())])],
+)  # fmt: skip
+def test_blocks_are_computed_again_from_the_same(network):
+    image_BCHW, found = torch.randn(6, 3, 4, 4), []
+    for recompute in (False, True):
+        model = passes(copy.deepcopy(network), dtype=torch.float32, recompute=recompute).train()
+        model(image_BCHW).square().sum().backward()
+        found.append([*(value.grad for value in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_blocks_drop_the_same_again_in_backward_and_in_forward_mode():
@@ -378,10 +428,14 @@ def test_blocks_that_change_what_they_are_given_are_not_computed_from_that():
         model(torch.randn(2, 3, 4, 4)).sum().backward()
 
 
-@pytest.mark.parametrize("network", ["vgg13", "regnety_002"])
-def test_without_blocks_nothing_can_be_computed_again(network):
-    with pytest.raises(ValueError, match=r"no two blocks .* to compute in turn: leave recompute out"):
-        passes(networks.build(network, 3, 4, seed=0), recompute=True)
+def test_without_blocks_nothing_can_be_computed_again():
+    for network in (
+        networks.build("vgg13", 3, 4, seed=0),
+        networks.build("regnety_002", 3, 4, seed=0),
+        Deep(nn.ReLU(), 1),
+    ):
+        with pytest.raises(ValueError, match=r"no two blocks .* to compute in turn: leave recompute out"):
+            passes(network, recompute=True)
 
 
 # --- memory
@@ -439,17 +493,24 @@ def test_chunks_save_memory(objective, share):
     assert saved[1] < 0.1 * saved[0]  # after a forward pass
 
 
-def test_blocks_computed_again_save_memory():
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_blocks_computed_again_save_memory(in_stages):
     """Of the whole step, which needs hardly more than a vanilla one then."""
     problem = build_problem("wrn-22-1", dtype=torch.float32, noisy=16, probe=16, size=32)
+    if in_stages:  # as most of timm's are
+        blocks = list(problem.model.blocks)
+        problem.model.blocks = nn.Sequential(*(nn.Sequential(*blocks[start : start + 3]) for start in (0, 3, 6)))
     peaks = []
-    for objective, chunks, recompute in ((Supervised(), 1, False), (winnow(), 1, True), (winnow(), 4, True)):
+    for objective, chunks, recompute in (
+        (Supervised(), 1, False), (winnow(), 1, True), (winnow(), 4, False), (winnow(), 4, True),
+    ):  # fmt: skip
         state = new_state(passes(problem.fresh().model, chunks, torch.float32, recompute=recompute))
         with Peak() as peak:
             update(state, objective, problem.batch, lr=0.05, workers=Alone())
         peaks.append(peak.bytes - peak.live)
-    assert peaks[1] < 1.3 * peaks[0]
-    assert peaks[2] < 0.95 * peaks[1]
+    vanilla, by_block, by_chunk, by_both = peaks
+    assert by_block < 1.3 * vanilla
+    assert by_both < 0.6 * by_chunk
 
 
 def test_a_step_holds_three_batches_of_activations_at_most():
