@@ -45,13 +45,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.label_noise import small
 from pipeline.dataset import Dataset, Examples
 from pipeline.noise import Noise
-from training import audit
+from training.audit import audit
+from training.engine.loop import new_state
+from training.engine.state import TrainState
+from training.engine.step import normalised, update
 from training.launch import guarded, run
-from training.loop import new_state
 from training.objectives.interface import Alone, Batch
 from training.recipe import METHODS, Recipe
-from training.state import TrainState
-from training.step import normalised, update
 
 RANKINGS = ("self_confidence", "normalized_margin")  # cleanlab's default, and its other score for single labels
 

@@ -43,9 +43,9 @@ from benchmarks.faults import SlowDigits, note, notes
 from benchmarks.resilience import free_port
 from pipeline.compute import SUBCLUSTER
 from training import launch
+from training.engine.schedule import Schedule
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
 
 STEPS, SLOW_FROM, SLOW_SECONDS = 300, 295, 5.0  # a block of the stream holds 5 steps: the last is slow
 BATCH = 200

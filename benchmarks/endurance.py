@@ -27,10 +27,10 @@ import tyro
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from pipeline.digits import Digits
-from training import checkpoint
+from training.engine.schedule import Schedule
 from training.launch import guarded, run
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
+from training.runs import checkpoint
 
 ROLES = {  # by what is part of a process's title
     "ray::RayTrainWorker": "worker",

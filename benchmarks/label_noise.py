@@ -23,9 +23,9 @@ from rich.table import Table
 
 from pipeline.cifar import Cifar
 from pipeline.noise import Noise
+from training.engine.schedule import Schedule
 from training.launch import guarded, run
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
 
 
 @dataclass(frozen=True)

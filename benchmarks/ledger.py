@@ -35,12 +35,13 @@ import torch
 
 from pipeline import storage
 from pipeline.dataset import InputError
-from training import ledger, networks
-from training.ledger import Ledger
+from training.engine import networks
+from training.engine.state import TrainState
+from training.engine.step import update
 from training.objectives.interface import Alone, Batch, Coefficients
 from training.recipe import METHODS
-from training.state import TrainState
-from training.step import update
+from training.runs import ledger
+from training.runs.ledger import Ledger
 
 NETWORK, SIZE, GROUP, LR, CHECKPOINTS = "wrn-10-1", 16, 25, 0.05, 4
 FORMATS = {"step_seconds": ".4f", "add_seconds": ".6f", "flush_seconds": ".4f"}

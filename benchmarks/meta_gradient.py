@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.networks import build
+from training.engine.networks import build
 from training.objectives.interface import Alone, Batch, Moment
 from training.objectives.losses import sharpen
 from training.objectives.meta import Engine, MetaProblem, meta_gradient

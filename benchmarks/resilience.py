@@ -63,10 +63,11 @@ from benchmarks.faults import (
     stop_for_good,
 )
 from pipeline.plan import Purpose, key
-from training import checkpoint, launch, ledger
+from training import launch
+from training.engine.schedule import Schedule
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
+from training.runs import checkpoint, ledger
 
 STEPS, CHECKPOINT_STEPS, EVALUATE_EVERY = 80, 10, 20
 SECOND_STRIKE = 57  # of what strikes twice

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from benchmarks.paper import Cell
 from pipeline.cifar import Cifar
-from training.objectives.co_teaching import CoTeaching
-from training.objectives.elr import Elr
-from training.objectives.forward import Forward
-from training.objectives.glc import Glc
-from training.objectives.incv import Incv
-from training.objectives.m_correction import MCorrection
-from training.objectives.mentornet import MentorNet
+from training.engine.schedule import Schedule
+from training.objectives.baselines.co_teaching import CoTeaching
+from training.objectives.baselines.elr import Elr
+from training.objectives.baselines.forward import Forward
+from training.objectives.baselines.glc import Glc
+from training.objectives.baselines.incv import Incv
+from training.objectives.baselines.m_correction import MCorrection
+from training.objectives.baselines.mentornet import MentorNet
 from training.recipe import Recipe
-from training.schedule import Schedule
 
 CIFAR_IMAGES = 50_000
 SLOW_START = 10  # epochs in which co-teaching comes to leave out as many as are wrong, in its paper and in INCV's code

@@ -32,14 +32,14 @@ from pipeline.noise import Noise
 from pipeline.plan import Plan
 from pipeline.stream import Group, make_block
 from training import digits
-from training.evaluation import evaluate
-from training.loop import assemble, new_state
+from training.engine.evaluation import evaluate
+from training.engine.loop import assemble, new_state
+from training.engine.schedule import Schedule
+from training.engine.state import TrainState
+from training.engine.step import moment_of, update
 from training.objectives.ieg import Ieg
 from training.objectives.interface import Alone, Batch, Coefficients, Moment
 from training.recipe import Recipe
-from training.schedule import Schedule
-from training.state import TrainState
-from training.step import moment_of, update
 
 CPU = torch.device("cpu")
 

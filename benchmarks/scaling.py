@@ -39,11 +39,11 @@ from pipeline.dataset import Examples
 from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group, make_block
 from pipeline.views import CifarViews
-from training import networks
+from training.engine import networks
+from training.engine.state import TrainState
+from training.engine.step import Processes, buckets, normalised, update
 from training.objectives.ieg import reference
 from training.objectives.interface import Alone, Batch, Workers
-from training.state import TrainState
-from training.step import Processes, buckets, normalised, update
 
 CLASSES, IMAGES, TRUSTED, LR = 10, 512, 100, 0.05
 PATIENCE = timedelta(minutes=10)  # also for the workers that wait while fewer run

@@ -23,14 +23,14 @@ from benchmarks.savings import CPU, advance, batches, report
 from benchmarks.tables import Settings as Tables
 from benchmarks.tables import recipe_of
 from pipeline.dataset import Dataset, Examples
-from training.evaluation import evaluate
-from training.loop import new_state
+from training.engine.evaluation import evaluate
+from training.engine.loop import new_state
+from training.engine.state import TrainState
+from training.engine.step import moment_of
 from training.objectives.ieg import Ieg
 from training.objectives.interface import Alone, Batch
 from training.objectives.meta import MetaScope
 from training.recipe import Recipe
-from training.state import TrainState
-from training.step import moment_of
 
 SCOPES: tuple[MetaScope, ...] = ("all", "last_block", "last_layer")
 FIRST, EVERY = 20, 8  # steps at which all are asked

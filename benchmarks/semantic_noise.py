@@ -17,9 +17,9 @@ from rich.console import Console
 from pipeline.cifar import Cifar
 from pipeline.dataset import Examples
 from training import cifar
+from training.engine.schedule import Schedule
 from training.launch import guarded, run
-from training.model_file import read
-from training.schedule import Schedule
+from training.runs.model_file import read
 
 
 @dataclass(frozen=True)

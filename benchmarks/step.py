@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --out benchmarks/results/step.json
 
-A step is `training.step.update`: passes, coefficients, backward, SGD and moving average; vanilla is cross-entropy with
-SGD. One round runs each variant in turn, from one meta step to the next where not every step has one. `ms` is the
+A step is `training.engine.step.update`: passes, coefficients, backward, SGD, moving average; vanilla is cross-entropy
+with SGD. One round runs each variant in turn, from one meta step to the next where not every step has one. `ms` is the
 median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is the median of each round's own ratio,
 which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
 what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from benchmarks.meta_gradient import CLASSES, Row, elapsed, peak_memory, prepare
-from training.graph import WARM_UPS, StepGraph
+from training.engine.graph import WARM_UPS, StepGraph
+from training.engine.passes import Passes
+from training.engine.state import TrainState
+from training.engine.step import Differentiate, differentiate, update
+from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import winnow
 from training.objectives.interface import Alone, Batch, Objective
-from training.objectives.supervised import Supervised
-from training.passes import Passes
-from training.state import TrainState
-from training.step import Differentiate, differentiate, update
 
 NEVER = 1_000_000_000  # a meta step in step 0 alone; all other examples keep ω0 and λ0: a control
 VARIANTS: dict[str, Objective] = {

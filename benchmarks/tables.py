@@ -35,18 +35,19 @@ from torch import Tensor
 
 from benchmarks.paper import RN29, WRN, Cell, cells
 from benchmarks.rivals import as_its_authors_do
+from benchmarks.rog import layer_features, robust_ensemble
 from pipeline.cifar import Cifar
 from pipeline.dataset import Examples, InputError
 from pipeline.noise import Noise
-from training import cifar, clothing1m, food101n, ledger, webvision
-from training.generative import layer_features, robust_ensemble
+from training import cifar, clothing1m, food101n, webvision
+from training.engine.schedule import Schedule
+from training.engine.step import normalised
 from training.launch import Result, guarded, run
-from training.model_file import BATCH, ModelFile, read
 from training.objectives.ieg import Ieg, ablation
 from training.objectives.interface import Objective
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
-from training.step import normalised
+from training.runs import ledger
+from training.runs.model_file import BATCH, ModelFile, read
 
 Scale = Literal["full", "small"]
 RESULTS = "benchmarks/results/tables.jsonl"

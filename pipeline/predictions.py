@@ -1,4 +1,4 @@
-"""A folder of predictions: what training.predict writes and pipeline.clean reads.
+"""A folder of predictions: what training.predict writes and training.clean reads.
 
     _predictions.json                what they are of: model, images, classes; written first
     part-00003-of-00032.parquet      images 3·4096 … in their order; whole, or not there

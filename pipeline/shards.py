@@ -1,7 +1,7 @@
 """Make shards of a raw data set, once, with all CPUs of the cluster: every image checked, shuffled and stored.
 
     python -m pipeline.shards webvision gs://raw/webvision --imagenet gs://raw/imagenet --out gs://bucket/webvision-mini
-    python -m pipeline.shards --from gs://bucket/runs/webvision …        anew, with corrected labels: see pipeline.clean
+    python -m pipeline.shards --from gs://bucket/runs/webvision …        anew, with corrected labels: see training.clean
 
 Killed at any time, the same command goes on: finished shards are kept, a half-written one never counts. Run again when
 all is done, it does nothing. Images that cannot be used are listed in rejected.parquet with the reason.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipeline import clean, command, job, storage
+from pipeline import command, job, storage
 from pipeline.dataset import InputError
 from pipeline.images import Rejected, check_image
 from pipeline.index import Index
@@ -197,8 +198,8 @@ def _told(index: Index) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["--from"]:
-        clean.main(arguments[1:])  # ends the program
+    if arguments[:1] == ["--from"]:  # a run's files are read: that command's room stands above this one
+        import_module("training.clean").main(arguments[1:])  # ends the program
 
     def work() -> None:
         out = " --out gs://bucket/shards"

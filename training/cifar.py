@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipeline.cifar import Cifar
 from pipeline.noise import Noise
+from training.engine.schedule import Schedule
 from training.launch import main
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
 
 
 def recipe(method: str) -> Recipe:

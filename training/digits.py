@@ -11,10 +11,10 @@ from rich.console import Console
 
 from pipeline.digits import Digits
 from training import report
+from training.engine.schedule import Schedule
 from training.launch import guarded, run
-from training.objectives.supervised import Supervised
+from training.objectives.baselines.supervised import Supervised
 from training.recipe import METHODS, Recipe, parse
-from training.schedule import Schedule
 
 
 def recipe(method: str) -> Recipe:

@@ -26,8 +26,8 @@ from torch import nn
 from pipeline import command, storage
 from pipeline.dataset import InputError, Source
 from pipeline.views import PhotoViews
-from training import model_file
-from training.step import normalised
+from training.engine.step import normalised
+from training.runs import model_file
 
 CHECKED = (1, 3, 8)  # sizes of the batches that both are asked
 

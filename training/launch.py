@@ -29,10 +29,10 @@ from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
-from training import checkpoint, model_file, tracking
-from training.loop import FAILURE, NOTES, Job, new_network, read_note, train
-from training.progress import Progress
+from training.engine.loop import FAILURE, NOTES, Job, new_network, read_note, train
 from training.recipe import Recipe, as_json, parse
+from training.runs import checkpoint, model_file, tracking
+from training.runs.progress import Progress
 
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = (

@@ -28,9 +28,9 @@ from pipeline.dataset import InputError
 from pipeline.job import Progress
 from pipeline.predictions import Predictions
 from pipeline.unlabelled import Images, open_images, views_of
-from training import model_file
-from training.model_file import ModelFile
-from training.step import normalised
+from training.engine.step import normalised
+from training.runs import model_file
+from training.runs.model_file import ModelFile
 
 TOP = 5
 TASK_ROWS = 512  # a block of 80 MB at 224 px; a divisor of PART_ROWS

@@ -22,25 +22,25 @@ from pipeline.cifar import Cifar
 from pipeline.dataset import InputError, Source
 from pipeline.digits import Digits
 from pipeline.index import Sharded
-from training.objectives import bootstrap
-from training.objectives.cleannet import CleanNetWeights
-from training.objectives.co_teaching import CoTeaching
-from training.objectives.elr import Elr
-from training.objectives.forward import Forward
-from training.objectives.gce import Gce
-from training.objectives.glc import Glc
+from training.engine.schedule import Schedule
+from training.objectives.baselines import bootstrap
+from training.objectives.baselines.cleannet import CleanNetWeights
+from training.objectives.baselines.co_teaching import CoTeaching
+from training.objectives.baselines.elr import Elr
+from training.objectives.baselines.forward import Forward
+from training.objectives.baselines.gce import Gce
+from training.objectives.baselines.glc import Glc
+from training.objectives.baselines.incv import Incv
+from training.objectives.baselines.m_correction import MCorrection
+from training.objectives.baselines.mentornet import MentorNet
+from training.objectives.baselines.meta_label_correction import MetaLabelCorrection
+from training.objectives.baselines.meta_weight_net import MetaWeightNet
+from training.objectives.baselines.mixmatch import MixMatch, mixmatch_kl
+from training.objectives.baselines.reweight import Reweight
+from training.objectives.baselines.self_learning import SelfLearning
+from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
-from training.objectives.incv import Incv
 from training.objectives.interface import Objective
-from training.objectives.m_correction import MCorrection
-from training.objectives.mentornet import MentorNet
-from training.objectives.meta_label_correction import MetaLabelCorrection
-from training.objectives.meta_weight_net import MetaWeightNet
-from training.objectives.mixmatch import MixMatch, mixmatch_kl
-from training.objectives.reweight import Reweight
-from training.objectives.self_learning import SelfLearning
-from training.objectives.supervised import Supervised
-from training.schedule import Schedule
 
 METHODS: dict[str, Callable[[], Objective]] = {
     "winnow": winnow,

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.dataset import Examples
-from training import ledger
 from training.launch import Result
+from training.runs import ledger
 
 POINTS = 40  # of each curve over time
 RIGHT, WRONG = "#1f77b4", "#d62728"

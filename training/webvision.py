@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.index import Sharded
+from training.engine.schedule import Schedule
 from training.launch import main
 from training.recipe import METHODS, Recipe, tuned
-from training.schedule import Schedule
 
 
 def recipe(method: str) -> Recipe:

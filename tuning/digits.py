@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from pipeline.digits import Digits
 from training import digits
+from training.engine.schedule import Schedule
 from training.recipe import Recipe
-from training.schedule import Schedule
 from tuning import search, space
 
 SPACE = {**space.METHOD, "schedule.lr": space.SCHEDULE["schedule.lr"]}

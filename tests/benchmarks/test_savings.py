@@ -8,9 +8,9 @@ import torch
 from benchmarks import savings
 from benchmarks.step import VARIANTS
 from pipeline.digits import Digits
+from training.engine.schedule import Schedule
 from training.objectives.interface import Coefficients
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
 
 
 def tiny(_) -> Recipe:

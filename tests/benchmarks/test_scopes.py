@@ -10,8 +10,8 @@ from benchmarks import scopes
 from benchmarks.paper import cells
 from pipeline.digits import Digits
 from pipeline.noise import Noise
+from training.engine.schedule import Schedule
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
 
 
 def tiny(cell, tables, seed) -> Recipe:

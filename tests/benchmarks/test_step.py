@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import step
-from training import passes
+from training.engine import passes
 
 ON_CPU = [name for name in step.HOW if "compiled" not in name and "graph" not in name]
 TINY = ["--networks", "wrn-10-1", "--batch", "8", "--size", "8", "--rounds", "1", "--device", "cpu"]

@@ -17,10 +17,10 @@ from benchmarks.paper import cells
 from benchmarks.tables import Row, Settings, chosen_cells, markdown, mean_and_deviation, read_rows, recipe_of
 from pipeline.dataset import InputError
 from pipeline.noise import Noise
-from training import networks
+from training.engine import networks
+from training.engine.schedule import Schedule
 from training.objectives.ieg import winnow
 from training.recipe import METHODS
-from training.schedule import Schedule
 
 SETTINGS = Settings(data="data", storage="runs")
 

@@ -28,7 +28,7 @@ from safetensors.torch import load
 
 from tests.cluster.files import ROOT, read
 from tests.training.test_sharded import webvision
-from training import checkpoint
+from training.runs import checkpoint
 
 (GCP,) = read("gcp.yaml")
 TOKEN = "0123456789abcdef" * 2

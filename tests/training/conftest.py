@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from training import networks
+from training.engine import networks
+from training.engine.state import kernels
 from training.objectives.interface import Batch, Moment
-from training.state import kernels
 
 torch.set_num_threads(1)
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import training.step
-from training import networks
+import training.engine.step
+from training.engine import networks
+from training.engine.state import TrainState, kernels
+from training.engine.step import Processes, WorkersError, update
+from training.objectives.baselines.reweight import Reweight
+from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import paper, reference, winnow
 from training.objectives.interface import Alone, Batch
-from training.objectives.reweight import Reweight
-from training.objectives.supervised import Supervised
 from training.recipe import METHODS
-from training.state import TrainState, kernels
-from training.step import Processes, WorkersError, update
 
 CLASSES, GROUPS, GROUP, PROBE, STEPS = 4, 4, 4, 3, 4
 EXAMPLES = 40  # of the training set: an epoch is 2.5 steps, and a batch can have a row twice
@@ -141,9 +141,9 @@ def check_mean(rank: int) -> dict:
 
 def check_buckets(rank: int) -> dict:
     """The same with a bucket each, two precisions, a tensor alone in the call, and none."""
-    whole, training.step.BUCKET_BYTES = training.step.BUCKET_BYTES, 16
+    whole, training.engine.step.BUCKET_BYTES = training.engine.step.BUCKET_BYTES, 16
     found = check_mean(rank)
-    training.step.BUCKET_BYTES = whole
+    training.engine.step.BUCKET_BYTES = whole
     mixed = [torch.full((2,), float(rank), dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
     lone = torch.tensor([1.0 + rank])
     return {**found, "mixed": Processes().mean(mixed), "lone": Processes().mean([lone]), "kept": [*mixed, lone],
@@ -179,7 +179,7 @@ class Losing(Processes):
 
 def lose(rank: int, how: str, lost: int, fatal: int) -> dict:
     """What the worker that is left says, and how many seconds after it began the step."""
-    training.step.NOTES_SECONDS = 1.0
+    training.engine.step.NOTES_SECONDS = 1.0
     state, workers = new_state(reference(), torch.float32), Losing()
     if rank == lost:
         workers.how, workers.fatal = how, fatal

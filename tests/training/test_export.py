@@ -16,11 +16,12 @@ from pipeline.cifar import Cifar
 from pipeline.dataset import InputError
 from pipeline.index import Sharded
 from tests.training.test_launch import recipe
-from training import export, launch, networks
+from training import export, launch
+from training.engine import networks
+from training.engine.schedule import Schedule
 from training.export import Request
-from training.objectives.supervised import Supervised
+from training.objectives.baselines.supervised import Supervised
 from training.recipe import publishable
-from training.schedule import Schedule
 
 NAMES = ("ant", "bee", "cat")
 

@@ -15,10 +15,12 @@ from safetensors.torch import safe_open
 from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from pipeline.noise import Noise
-from training import checkpoint, graph, launch, ledger, networks, report
+from training import launch, report
+from training.engine import graph, networks
+from training.engine.schedule import Schedule
+from training.engine.step import normalised
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
-from training.step import normalised
+from training.runs import checkpoint, ledger
 
 
 def recipe(tmp_path, **changes) -> Recipe:

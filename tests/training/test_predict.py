@@ -24,11 +24,13 @@ from pipeline.shards import Options, ingest
 from pipeline.unlabelled import open_images, views_of
 from tests.pipeline import layouts
 from tests.training.test_launch import recipe, weights
-from training import launch, model_file, networks, predict
-from training.objectives.supervised import Supervised
+from training import launch, predict
+from training.engine import networks
+from training.engine.schedule import Schedule
+from training.engine.step import normalised
+from training.objectives.baselines.supervised import Supervised
 from training.predict import Predictor, Request
-from training.schedule import Schedule
-from training.step import normalised
+from training.runs import model_file
 
 
 def quiet() -> Console:

@@ -12,10 +12,10 @@ from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from pipeline.index import Sharded
 from pipeline.noise import Noise
+from training.objectives.baselines.reweight import Reweight
+from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import Ieg, ablation, paper, reference
 from training.objectives.interface import Objective
-from training.objectives.reweight import Reweight
-from training.objectives.supervised import Supervised
 from training.recipe import METHODS, Recipe, as_json, difference, override, parse, source_of, tuned
 
 TABLE_9 = [f"M-{number}" for number in range(1, 11)]

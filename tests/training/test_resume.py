@@ -12,9 +12,11 @@ from rich.console import Console
 from pipeline import storage
 from pipeline.dataset import InputError
 from tests.training.test_launch import recipe, weights
-from training import checkpoint, launch, ledger, loop
+from training import launch
+from training.engine import loop
+from training.engine.schedule import Schedule
 from training.recipe import METHODS, Recipe
-from training.schedule import Schedule
+from training.runs import checkpoint, ledger
 
 ORDER = [("step", "ascending"), ("id", "ascending")]
 

@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from pipeline.check import check
-from pipeline.clean import Request, clean
 from pipeline.clothing1m import Clothing1M
 from pipeline.custom import Custom
 from pipeline.dataset import InputError
@@ -25,12 +24,13 @@ from pipeline.layout import Layout, stable_ids
 from pipeline.shards import Options, ingest
 from pipeline.webvision import WebVision
 from tests.pipeline import layouts
-from training import ledger
+from training.clean import Request, clean
+from training.engine.schedule import Schedule
 from training.launch import run
+from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import winnow
-from training.objectives.supervised import Supervised
 from training.recipe import Recipe
-from training.schedule import Schedule
+from training.runs import ledger
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCH, GROUP = 6, 3

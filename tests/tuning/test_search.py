@@ -20,8 +20,8 @@ from rich.console import Console
 from pipeline.dataset import Dataset, Examples, InputError
 from pipeline.digits import Digits
 from training import digits, launch
+from training.engine.schedule import Schedule
 from training.recipe import Recipe, parse
-from training.schedule import Schedule
 from tuning import search
 from tuning.search import Sweep
 

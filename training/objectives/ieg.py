@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.objectives.baselines.reweight import normalised_weights
 from training.objectives.interface import Alone, Batch, Coefficients, Moment, Objective, Outcome, Workers
 from training.objectives.losses import (
     cross_entropy,
@@ -27,7 +28,6 @@ from training.objectives.losses import (
 )
 from training.objectives.memory import seen
 from training.objectives.meta import Engine, Lookahead, MetaProblem, MetaScope, meta_gradient
-from training.objectives.reweight import normalised_weights
 from training.objectives.tangents import Recorded
 
 

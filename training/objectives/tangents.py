@@ -19,7 +19,7 @@ LINEAR = (F.conv2d, F.linear)  # in the input, and in the weight
 
 
 def capturing() -> bool:
-    """Whether what is launched becomes part of a CUDA graph (`training.graph`), whose random state cannot be read."""
+    """Tell whether what is launched becomes part of a CUDA graph (engine/graph.py): its random state cannot be read."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
