@@ -1,0 +1,5 @@
+"""`python -m training.audit`: see `training.audit.audit`."""
+
+from training.audit.audit import main
+
+main()
