@@ -46,9 +46,10 @@ from benchmarks.label_noise import small
 from pipeline.dataset import Dataset, Examples
 from pipeline.noise import Noise
 from training.audit import audit
-from training.engine.loop import new_state
+from training.engine.batch import normalised
+from training.engine.setup import new_state
 from training.engine.state import TrainState
-from training.engine.step import normalised, update
+from training.engine.step import update
 from training.launch import guarded, run
 from training.objectives.interface import Alone, Batch
 from training.recipe import METHODS, Recipe

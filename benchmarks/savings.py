@@ -32,9 +32,10 @@ from pipeline.noise import Noise
 from pipeline.plan import Plan
 from pipeline.stream import Group, make_block
 from training import digits
+from training.engine.batch import assemble
 from training.engine.evaluation import evaluate
-from training.engine.loop import assemble, new_state
 from training.engine.schedule import Schedule
+from training.engine.setup import new_state
 from training.engine.state import TrainState
 from training.engine.step import moment_of, update
 from training.objectives.ieg import Ieg

@@ -40,8 +40,10 @@ from pipeline.plan import Plan, Purpose, key
 from pipeline.stream import Group, make_block
 from pipeline.views import CifarViews
 from training.engine import networks
+from training.engine.batch import normalised
+from training.engine.collectives import Processes, buckets
 from training.engine.state import TrainState
-from training.engine.step import Processes, buckets, normalised, update
+from training.engine.step import update
 from training.objectives.ieg import reference
 from training.objectives.interface import Alone, Batch, Workers
 

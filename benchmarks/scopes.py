@@ -24,7 +24,7 @@ from benchmarks.tables import Settings as Tables
 from benchmarks.tables import recipe_of
 from pipeline.dataset import Dataset, Examples
 from training.engine.evaluation import evaluate
-from training.engine.loop import new_state
+from training.engine.setup import new_state
 from training.engine.state import TrainState
 from training.engine.step import moment_of
 from training.objectives.ieg import Ieg

@@ -40,8 +40,8 @@ from pipeline.cifar import Cifar
 from pipeline.dataset import Examples, InputError
 from pipeline.noise import Noise
 from training import cifar, clothing1m, food101n, webvision
+from training.engine.batch import normalised
 from training.engine.schedule import Schedule
-from training.engine.step import normalised
 from training.launch import Result, guarded, run
 from training.objectives.ieg import Ieg, ablation
 from training.objectives.interface import Objective

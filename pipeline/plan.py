@@ -10,7 +10,7 @@ most two, and mixes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -19,6 +19,10 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+
+# 2G + P rows, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
+# `label`, and `epoch` and `row` in the training set (−1 for trusted images) are int64.
+Group = Mapping[str, np.ndarray]
 
 BLOCK_ROWS, BLOCK_BYTES = 1024, 64 << 20  # the most of a block: Ray Data pays 10–20 ms for each, and splits 128 MB
 

@@ -5,7 +5,7 @@ Shapes: S groups of a block, G noisy and P trusted examples of a group, V = 2G +
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -18,15 +18,11 @@ from ray.util.metrics import Counter
 from pipeline import compute
 from pipeline.dataset import Examples, Split
 from pipeline.images import Rejected
-from pipeline.plan import Plan, Purpose, generator, probe_rows
+from pipeline.plan import Group, Plan, Purpose, generator, probe_rows
 from pipeline.views import Views
 
 GREY = 128  # in place of an image that cannot be decoded
 REJECTED = Counter("winnow_rejected_images", "Images that could not be decoded and were trained on as plain grey")
-
-# V rows each, one a view: the G weak ones, the G strong ones, the P of trusted images. `image` is uint8; `group`, `id`,
-# `label`, and `epoch` and `row` in the training set (−1 for trusted images) are int64.
-Group = Mapping[str, np.ndarray]
 
 
 def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block: int) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from torch import nn
 from pipeline import command, storage
 from pipeline.dataset import InputError, Source
 from pipeline.views import PhotoViews
-from training.engine.step import normalised
+from training.engine.batch import normalised
 from training.runs import model_file
 
 CHECKED = (1, 3, 8)  # sizes of the batches that both are asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -29,9 +28,11 @@ from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
-from training.engine.loop import FAILURE, NOTES, Job, new_network, read_note, train
+from training.engine.loop import train
+from training.engine.setup import new_network
+from training.engine.worker import Job
 from training.recipe import Recipe, as_json, parse
-from training.runs import checkpoint, model_file, tracking
+from training.runs import checkpoint, model_file, notes, tracking
 from training.runs.progress import Progress
 
 # What may differ when a run is resumed; everything else decides the result.
@@ -97,6 +98,16 @@ def _one_line(error: BaseException) -> str:
     return f"error: {error}"
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, once all that could be refused has been looked at."""
+
+    folder: str
+    dataset: Dataset
+    step: int  # of the newest checkpoint
+    history: list[dict[str, float]]
+
+
 def run(recipe: Recipe, console: Console | None = None, until: int | None = None) -> Result:
     """Train as the recipe says, on embedded Ray or on the cluster that RAY_ADDRESS names.
 
@@ -106,26 +117,48 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     console, stop = console or Console(), until or recipe.schedule.steps
     if recipe.start_from:
         recipe = replace(recipe, start_from=absolute(recipe.start_from))  # workers run in other folders
+    start = _prepare(recipe, console)
+    if start.step >= stop:
+        return Result(start.folder, start.history, start.dataset)
+    # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
+    compute.join(cpus=recipe.most_workers + recipe.actors + 1)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
+    trainer = _trainer(recipe, start, _plan(recipe, start.dataset, stop), queue, _use_gpu(recipe, console))
+    with Progress(recipe, console) as progress:
+        try:
+            returned = _fit(trainer, queue, progress)
+        except ray.train.TrainingFailedError:
+            if failure := notes.read(start.folder, notes.FAILURE):
+                raise InputError(failure) from None
+            raise
+    if "error" in returned:
+        raise InputError(returned["error"])
+    return Result(start.folder, returned["history"], start.dataset)
+
+
+def _prepare(recipe: Recipe, console: Console) -> Start:
+    """Look at storage, tracker, network, data and an earlier run's folder; raise InputError for what cannot work."""
     folder = _run_folder(recipe)
     tracking.require(recipe.tracker)
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
-    start, history = _resume_point(folder, recipe, dataset.digest, console)
-    if recipe.start_from and not start:
+    step, history = _resume_point(folder, recipe, dataset.digest, console)
+    if recipe.start_from and not step:
         _check_start(recipe, dataset)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
-    if start:
+    if step:
         console.print(
-            f"{recipe.name}: {start:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
+            f"{recipe.name}: {step:,} of {recipe.schedule.steps:,} steps are done in {folder}", highlight=False
         )
-    if start >= stop:
-        return Result(folder, history, dataset)
-    # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
-    compute.join(cpus=recipe.most_workers + recipe.actors + 1)
-    views = recipe.dataset.views
+    return Start(folder, dataset, step, history)
+
+
+def _plan(recipe: Recipe, dataset: Dataset, stop: int) -> Plan:
+    """Return the order of reading from step 0 to `stop`."""
     probe_group = recipe.probe_batch // recipe.groups
-    plan = Plan(
+    return Plan(
         row_groups=dataset.train.row_groups,
         seed=recipe.seed,
         batch=recipe.batch,
@@ -135,24 +168,23 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
         stop=stop,
         chunk=chunk_of(recipe.group, math.prod(recipe.dataset.shape) * (2 + probe_group / recipe.group)),
     )
+
+
+def _trainer(recipe: Recipe, start: Start, plan: Plan, queue: Queue, use_gpu: bool) -> TorchTrainer:
+    """Return Ray Train's trainer: every start of its workers reads what the newest checkpoint leaves of `plan`."""
+    folder, dataset = start.folder, start.dataset
     train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
     tests = {name: ray.put(test) for name, test in dataset.tests.items()}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
-    job = Job(recipe, plan, tests, dataset.class_names, folder, queue)
 
     def remaining() -> ray.data.Dataset:
-        # Ray Train asks again at every start of the workers, who look for the same checkpoint.
-        saved = checkpoint.latest(folder, warn=lambda _: None)
-        plan_left = replace(plan, start=saved["step"] if saved else 0)
-        return stream(train_ref, probe_ref, views, plan_left, recipe.actors)
+        plan_left = replace(plan, start=checkpoint.newest_step(folder))
+        return stream(train_ref, probe_ref, recipe.dataset.views, plan_left, recipe.actors)
 
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(recipe.timeout)  # of Ray Train's own barriers
-    use_gpu = _use_gpu(recipe, console)
     filesystem, path = ray_storage(folder)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train,
-        train_loop_config={"job": job},
+        train_loop_config={"job": Job(recipe, plan, tests, dataset.class_names, folder, queue)},
         torch_config=TorchConfig(timeout_s=recipe.timeout),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers, use_gpu=use_gpu, label_selector=compute.training_nodes()
@@ -161,23 +193,13 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
             name=recipe.name,
             storage_path=os.path.dirname(path),
             storage_filesystem=filesystem,
-            # The loop itself gives up where it gets no further, or where a person must mend something.
+            # The loop itself gives up where it gets no further, or where a person must fix something.
             failure_config=ray.train.FailureConfig(max_failures=-1),
             worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         datasets={"train": remaining},
         dataset_config=ray.train.DataConfig(execution_options=preserved_order(), enable_shard_locality=False),
     )
-    with Progress(recipe, console) as progress:
-        try:
-            said = _fit(trainer, queue, progress)
-        except ray.train.TrainingFailedError:
-            if told := read_note(folder, FAILURE):
-                raise InputError(told) from None
-            raise
-    if "error" in said:
-        raise InputError(said["error"])
-    return Result(folder, said["history"], dataset)
 
 
 def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> dict[str, Any]:
@@ -230,27 +252,28 @@ def ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
 
 
 def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> tuple[int, list[dict[str, float]]]:
-    """Step and history of an earlier run's checkpoint; from the first on, the folder belongs to that recipe and data.
+    """Return step and history of an earlier run's checkpoint, if its folder is of this recipe and data.
 
-    Raises InputError where it belongs to another one.
+    From the first checkpoint on it is: raises InputError where it belongs to another recipe or other data. Damaged
+    checkpoints are reported and removed, so that whoever looks later finds the same one.
     """
     wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
     wanted["checksum of the data"] = data
     fs, path = storage.connect(folder)
-    for name in NOTES:  # of an earlier start; a person has come since
-        with contextlib.suppress(FileNotFoundError):
-            storage.attempt(fs, path, functools.partial(fs.rm_file, storage.join(path, name)))
+    notes.clear(folder)
     saved = checkpoint.latest(
         folder, lambda warning: console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     )
     recipe_file = storage.join(path, "recipe.json")
     if saved is None:
         storage.write(fs, recipe_file, json.dumps(wanted, indent=2).encode())
+        checkpoint.drop_after(folder, 0)
         return 0, []
     made_with = json.loads(storage.read(fs, recipe_file))
     different = [name for name in wanted if wanted[name] != made_with.get(name)]
     if different:
         raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
+    checkpoint.drop_after(folder, int(saved["step"]))
     return int(saved["step"]), saved["history"]
 
 

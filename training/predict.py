@@ -28,7 +28,7 @@ from pipeline.dataset import InputError
 from pipeline.job import Progress
 from pipeline.predictions import Predictions
 from pipeline.unlabelled import Images, open_images, views_of
-from training.engine.step import normalised
+from training.engine.batch import normalised
 from training.runs import model_file
 from training.runs.model_file import ModelFile
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import training.engine.step
+import training.engine.collectives
 from training.engine import networks
+from training.engine.collectives import Processes, WorkersError
 from training.engine.state import TrainState, kernels
-from training.engine.step import Processes, WorkersError, update
+from training.engine.step import update
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import paper, reference, winnow
@@ -141,9 +142,9 @@ def check_mean(rank: int) -> dict:
 
 def check_buckets(rank: int) -> dict:
     """The same with a bucket each, two precisions, a tensor alone in the call, and none."""
-    whole, training.engine.step.BUCKET_BYTES = training.engine.step.BUCKET_BYTES, 16
+    whole, training.engine.collectives.BUCKET_BYTES = training.engine.collectives.BUCKET_BYTES, 16
     found = check_mean(rank)
-    training.engine.step.BUCKET_BYTES = whole
+    training.engine.collectives.BUCKET_BYTES = whole
     mixed = [torch.full((2,), float(rank), dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
     lone = torch.tensor([1.0 + rank])
     return {**found, "mixed": Processes().mean(mixed), "lone": Processes().mean([lone]), "kept": [*mixed, lone],
@@ -179,7 +180,7 @@ class Losing(Processes):
 
 def lose(rank: int, how: str, lost: int, fatal: int) -> dict:
     """What the worker that is left says, and how many seconds after it began the step."""
-    training.engine.step.NOTES_SECONDS = 1.0
+    training.engine.collectives.NOTES_SECONDS = 1.0
     state, workers = new_state(reference(), torch.float32), Losing()
     if rank == lost:
         workers.how, workers.fatal = how, fatal

@@ -17,8 +17,8 @@ from pipeline.digits import Digits
 from pipeline.noise import Noise
 from training import launch, report
 from training.engine import graph, networks
+from training.engine.batch import normalised
 from training.engine.schedule import Schedule
-from training.engine.step import normalised
 from training.recipe import METHODS, Recipe
 from training.runs import checkpoint, ledger
 

@@ -26,8 +26,8 @@ from tests.pipeline import layouts
 from tests.training.test_launch import recipe, weights
 from training import launch, predict
 from training.engine import networks
+from training.engine.batch import normalised
 from training.engine.schedule import Schedule
-from training.engine.step import normalised
 from training.objectives.baselines.supervised import Supervised
 from training.predict import Predictor, Request
 from training.runs import model_file

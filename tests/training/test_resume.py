@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray.train
 import torch
 from rich.console import Console
 
@@ -13,10 +14,11 @@ from pipeline import storage
 from pipeline.dataset import InputError
 from tests.training.test_launch import recipe, weights
 from training import launch
-from training.engine import loop
+from training.engine import worker
+from training.engine.chronicle import Chronicle
 from training.engine.schedule import Schedule
 from training.recipe import METHODS, Recipe
-from training.runs import checkpoint, ledger
+from training.runs import checkpoint, ledger, notes
 
 ORDER = [("step", "ascending"), ("id", "ascending")]
 
@@ -73,12 +75,12 @@ def killed(monkeypatch, where: object, name: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "call", "step"),
     [
-        (loop, "update", 2, 0),
-        (loop, "update", 8, 6),
-        (loop, "evaluate", 2, 6),
+        (worker, "update", 2, 0),
+        (worker, "update", 8, 6),
+        (worker, "evaluate", 2, 6),
         (ledger.Ledger, "flush", 3, 5),
         (checkpoint.Writer, "save", 4, 6),
-        (loop, "export", 1, 15),
+        (Chronicle, "export", 1, 15),
     ],
 )
 def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, name, call, step):
@@ -94,7 +96,7 @@ def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, 
 def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatch):
     made = [replace(short(tmp_path / name), objective=METHODS["elr"]()) for name in ("whole", "killed")]
     with monkeypatch.context() as patched:
-        killed(patched, loop, "update", 12)
+        killed(patched, worker, "update", 12)
         with pytest.raises(Killed):
             run(made[1])
     assert_same(run(made[1])[0], run(made[0])[0])
@@ -103,7 +105,7 @@ def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatc
 def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
     for _ in range(3):
         with monkeypatch.context() as patched:
-            killed(patched, loop, "update", 4)
+            killed(patched, worker, "update", 4)
             with pytest.raises(Killed):
                 run(short(tmp_path))
     assert_same(run(short(tmp_path))[0], whole)
@@ -112,7 +114,7 @@ def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
 def test_rows_written_since_the_last_checkpoint_are_forgotten(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "PART_ROWS", 100)  # a file a step
     with monkeypatch.context() as patched:
-        killed(patched, loop, "update", 8)
+        killed(patched, worker, "update", 8)
         with pytest.raises(Killed):
             run(short(tmp_path))
     assert [part.first for part in ledger.parts(f"{tmp_path}/run")] == list(range(7))
@@ -137,6 +139,25 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(whole, tmp_path):
         state.write_bytes(b"half a file")
     result, printed = run(short(tmp_path))
     assert printed.count("is damaged") == 2
+    assert_same(result, whole)
+
+
+def test_workers_that_are_lost_after_the_last_checkpoint_have_nothing_left_to_do(whole, tmp_path, monkeypatch):
+    """The launching process still thinks of an earlier step, as it does when a group of workers is started again."""
+    shutil.copytree(whole.folder, tmp_path / "run")
+    monkeypatch.setattr(launch, "_resume_point", lambda *_: (15, []))
+    assert_same(run(short(tmp_path))[0], whole)
+
+
+def test_a_checkpoint_that_workers_find_damaged_is_not_there_at_the_next_start(whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    (folder / "step_00000016" / "state.pt").write_bytes(b"half a file")
+    with monkeypatch.context() as patched:
+        patched.setattr(launch, "_resume_point", lambda *_: (15, []))
+        with pytest.raises((ray.train.TrainingFailedError, checkpoint.DamagedError), match="step_00000016"):
+            run(short(tmp_path))  # workers in processes of their own would be started again
+    result, printed = run(short(tmp_path))
+    assert "15 of 16 steps are done" in printed
     assert_same(result, whole)
 
 
@@ -187,11 +208,11 @@ def test_what_may_change_between_starts(whole, tmp_path):
 
 
 def test_a_run_that_starts_again_and_again_at_one_step_gives_up(tmp_path):
-    for _ in range(loop.MOST_STARTS):
-        loop._note_start(str(tmp_path), 30)
-    loop._note_start(str(tmp_path), 40)
-    for _ in range(loop.MOST_STARTS - 1):
-        loop._note_start(str(tmp_path), 40)
-    loop.write_note(str(tmp_path), loop.LAST_ERROR, "RuntimeError('so it was')")
+    for _ in range(notes.MOST_STARTS):
+        notes.count_start(str(tmp_path), 30)
+    notes.count_start(str(tmp_path), 40)
+    for _ in range(notes.MOST_STARTS - 1):
+        notes.count_start(str(tmp_path), 40)
+    notes.write(str(tmp_path), notes.LAST_ERROR, "RuntimeError('so it was')")
     with pytest.raises(InputError, match=r"started 8 times at step 40 and came to no checkpoint .*so it was"):
-        loop._note_start(str(tmp_path), 40)
+        notes.count_start(str(tmp_path), 40)

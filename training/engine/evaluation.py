@@ -15,8 +15,8 @@ import torch
 
 from pipeline.dataset import Split
 from pipeline.views import Views
+from training.engine.batch import normalised
 from training.engine.state import TrainState
-from training.engine.step import normalised
 from training.objectives.interface import Workers
 
 BATCH = 128

@@ -38,7 +38,7 @@ class Commit:
 
 
 def commits(folder: str) -> list[Commit]:
-    """The finished checkpoints in a run's folder, oldest first; a record that cannot be read is none."""
+    """List the finished checkpoints in a run's folder, oldest first; a record that cannot be read is none."""
     fs, path = storage.connect(folder)
     try:
         names = storage.attempt(fs, path, lambda: fs.ls(path, detail=False))
@@ -54,18 +54,42 @@ def commits(folder: str) -> list[Commit]:
     return sorted(found, key=lambda commit: commit.step)
 
 
-def latest(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """What the newest whole checkpoint holds; a damaged one is told to `warn`, and the one before it taken."""
+class DamagedError(RuntimeError):
+    """A checkpoint is not what its commit record says: part of it is lost, or has changed."""
+
+
+def newest_step(folder: str) -> int:
+    """Return the step of the newest finished checkpoint by its record, without reading it; 0 where there is none."""
+    done = commits(folder)
+    return done[-1].step if done else 0
+
+
+def load(folder: str, commit: Commit) -> dict[str, Any]:
+    """Return what a checkpoint holds; raises DamagedError where it is not whole."""
     fs, path = storage.connect(folder)
+    name, data = f"{_name(commit.step)}/state.pt", b""
+    with contextlib.suppress(FileNotFoundError):
+        data = storage.read(fs, storage.join(path, name))
+    if (len(data), hashlib.sha256(data).hexdigest()) != (commit.bytes, commit.sha256):
+        raise DamagedError(f"checkpoint {folder}/{name} is damaged: going on from the one before it")
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def latest(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return what the newest whole checkpoint holds; `warn` hears of a damaged one, and the one before it is taken."""
     for commit in reversed(commits(folder)):
-        name = f"{_name(commit.step)}/state.pt"
-        data = b""
-        with contextlib.suppress(FileNotFoundError):
-            data = storage.read(fs, storage.join(path, name))
-        if (len(data), hashlib.sha256(data).hexdigest()) == (commit.bytes, commit.sha256):
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        warn(f"checkpoint {folder}/{name} is damaged: going on from the one before it")
+        try:
+            return load(folder, commit)
+        except DamagedError as error:  # noqa: PERF203 — one checkpoint in a lifetime
+            warn(str(error))
     return None
+
+
+def drop_after(folder: str, step: int) -> None:
+    """Remove the checkpoints of later steps, which proved to be damaged."""
+    for commit in commits(folder):
+        if commit.step > step:
+            _remove(folder, commit)
 
 
 class Writer:
@@ -74,19 +98,16 @@ class Writer:
     The run's folder is its own from now on: what another one, of an earlier start, still has on the way is refused.
     """
 
-    def __init__(self, folder: str, step: int) -> None:
-        """Take over a folder at `step`, and remove the checkpoints after it, which proved to be damaged."""
+    def __init__(self, folder: str) -> None:
+        """Take over a folder."""
         self.folder, self.token = folder, uuid.uuid4().hex
         fs, path = storage.connect(folder)
         storage.write(fs, storage.join(path, OWNER), self.token.encode())
-        for commit in commits(folder):
-            if commit.step > step:
-                _remove(folder, commit)
         self.thread = ThreadPoolExecutor(1)
         self.last: Future[str] | None = None
 
     def save(self, state: dict[str, Any], top1: float | None) -> str:
-        """Begin to save `state`, of which a copy is taken now; returns what went wrong with the one before, or "".
+        """Begin to save `state`, of which a copy is taken now; return what went wrong with the one before, or "".
 
         A checkpoint that could not be written is not made up for: the next one comes soon, and older ones stay.
         """
@@ -97,7 +118,7 @@ class Writer:
         return problem
 
     def wait(self) -> str:
-        """Wait until all is saved; returns what went wrong, or ""."""
+        """Wait until all is saved; return what went wrong, or ""."""
         last, self.last = self.last, None
         try:
             return last.result() if last else ""

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.dataset import Examples, InputError, Source
 from training.engine import networks
+from training.engine.batch import normalised
 from training.engine.passes import Passes
-from training.engine.step import normalised
-from training.recipe import source_of
+from training.recipe import Recipe, publishable, source_of
 
 NAME = "model.safetensors"
 BATCH = 128  # images
@@ -114,3 +114,11 @@ def read(url: str) -> ModelFile:
         what = f"{url} does not say its classes and recipe ({error})"
         raise InputError(f"{what}: give the {NAME} that a run has written, with its metadata") from None
     return ModelFile(url, hashlib.sha256(data).hexdigest(), tuple(names), recipe, weights)
+
+
+def write(folder: str, weights: Mapping[str, Tensor], class_names: tuple[str, ...], recipe: Recipe) -> None:
+    """Write a network's weights into the run's folder, with class names and recipe in the metadata."""
+    metadata = {"class_names": json.dumps(class_names), "recipe": json.dumps(publishable(recipe))}
+    held = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    fs, path = storage.connect(folder)
+    storage.write(fs, storage.join(path, NAME), save(held, metadata))

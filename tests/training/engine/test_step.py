@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import training.engine.step
+import training.engine.collectives
+from training.engine.batch import normalised
 from training.engine.state import TrainState, kernels
-from training.engine.step import normalised, update
+from training.engine.step import update
 from training.objectives.interface import Alone
 from training.recipe import METHODS
 
@@ -202,13 +203,13 @@ def test_buckets_cost_no_more_bytes(both):
 
 
 def test_buckets_are_runs_of_one_dtype_within_the_size(monkeypatch):
-    monkeypatch.setattr(training.engine.step, "BUCKET_BYTES", 16)
+    monkeypatch.setattr(training.engine.collectives, "BUCKET_BYTES", 16)
     sizes = [(1, torch.float32), (3, torch.float32), (1, torch.float32), (9, torch.float32), (1, torch.float64)]
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]
-    cut = [[id(tensor) for tensor in bucket] for bucket in training.engine.step.buckets(tensors)]
+    cut = [[id(tensor) for tensor in bucket] for bucket in training.engine.collectives.buckets(tensors)]
     first, second, third, long, double = map(id, tensors)
     assert cut == [[first, second], [third], [long], [double]]
-    assert list(training.engine.step.buckets([])) == []
+    assert list(training.engine.collectives.buckets([])) == []
 
 
 TRAFFIC = {  # all-reduces of parameter size in a step, and the numbers in each small one
@@ -230,7 +231,7 @@ def test_a_step_reduces_at_most_two_more_copies_of_the_parameters(case, both, ra
     for worker in both:
         found = worker["runs"][case]
         parameters = found["parameters"].values()
-        assert sum(value.nbytes for value in parameters) < training.engine.step.BUCKET_BYTES
+        assert sum(value.nbytes for value in parameters) < training.engine.collectives.BUCKET_BYTES
         count = sum(value.numel() for value in parameters)
         size = next(iter(parameters)).element_size()
         assert found["traffic"]["reductions"] == ranks["STEPS"] * (large + len(small))

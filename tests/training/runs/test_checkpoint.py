@@ -8,7 +8,7 @@ import torch
 from pipeline import storage
 from pipeline.dataset import InputError
 from training.runs import checkpoint
-from training.runs.checkpoint import Writer, commits, latest
+from training.runs.checkpoint import DamagedError, Writer, commits, drop_after, latest, load, newest_step
 
 
 @pytest.fixture(params=["local", "cloud"])
@@ -21,7 +21,7 @@ def state(step: int) -> dict:
 
 
 def saved(folder: str, *steps: tuple[int, float | None]) -> list[str]:
-    writer = Writer(folder, max((step for step, _ in steps), default=0))
+    writer = Writer(folder)
     problems = [writer.save(state(step), top1) for step, top1 in steps]
     problems.append(writer.wait())
     writer.close()
@@ -42,7 +42,12 @@ def test_damaged_checkpoints_after_the_one_resumed_from_are_removed(folder):
     saved(folder, (5, None), (20, None), (23, None))
     for step in (20, 23):
         storage.write(*storage.connect(f"{folder}/step_{step:08d}/state.pt"), b"damaged")
-    writer = Writer(folder, 0)
+    assert newest_step(folder) == 23  # by its record alone
+    with pytest.raises(DamagedError, match=r"step_00000023/state\.pt is damaged"):
+        load(folder, commits(folder)[-1])
+    drop_after(folder, 8)
+    assert newest_step(folder) == 0
+    writer = Writer(folder)
     assert (writer.save(state(8), None), writer.wait()) == ("", "")
     writer.close()
     assert [commit.step for commit in commits(folder)] == [8]
@@ -50,8 +55,8 @@ def test_damaged_checkpoints_after_the_one_resumed_from_are_removed(folder):
 
 
 def test_what_an_earlier_start_has_on_the_way_is_refused(folder):
-    old = Writer(folder, 0)
-    new = Writer(folder, 0)
+    old = Writer(folder)
+    new = Writer(folder)
     old.save(state(20), None)
     assert "another start of this run has taken over" in old.wait()
     new.save(state(10), None)
@@ -84,7 +89,7 @@ def test_the_newest_two_and_the_best_are_kept(folder):
 
 def test_a_copy_is_saved_not_what_the_state_becomes(tmp_path):
     weights = torch.zeros(1000)
-    writer = Writer(str(tmp_path), 0)
+    writer = Writer(str(tmp_path))
     writer.save({"step": 1, "weights": weights}, None)
     weights += 1
     writer.close()

@@ -10,7 +10,7 @@ from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from training import digits
 from training.engine import networks
-from training.engine.step import normalised
+from training.engine.batch import normalised
 from training.recipe import Recipe, publishable
 from training.runs import model_file
 

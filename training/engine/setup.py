@@ -1,0 +1,78 @@
+"""What a worker begins with: the recipe's network and training state, and the newest checkpoint in it.
+
+Shapes: N noisy examples of the training set, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from training.engine import networks
+from training.engine.passes import Passes
+from training.engine.state import TrainState, kernels
+from training.recipe import Recipe
+from training.runs import checkpoint
+
+
+def new_network(recipe: Recipe, classes: int, workers: int, device: torch.device) -> nn.Module:
+    """Build the network before step 0, as each of `workers` runs it.
+
+    Raises ValueError for an unknown name, and for what the network cannot be or do.
+    """
+    network: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
+    chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
+    if chunks == 1 and dtype != torch.bfloat16 and not (recipe.channels_last or recipe.recompute or recipe.compile):
+        return network
+    return Passes(
+        network,
+        chunks=chunks,
+        dtype=dtype,
+        channels_last=recipe.channels_last,
+        recompute=recipe.recompute,
+        compiled=recipe.compile,
+    )
+
+
+def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device: torch.device) -> TrainState:
+    """Build the state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
+    model = new_network(recipe, classes, workers, device)
+    memory = recipe.objective.memory(model, examples, classes).to(device)
+
+    def decayed(module: nn.Module) -> frozenset[str]:
+        return frozenset(dict(module.named_parameters())) if recipe.decay == "all" else kernels(module)
+
+    return TrainState(
+        model,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        decayed=decayed(model),
+        average=recipe.objective.average_parameters,
+        memory=memory,
+        memory_decayed=decayed(memory),
+    )
+
+
+def resume(state: TrainState, folder: str, rank: int, world: int) -> list[dict[str, float]]:
+    """Continue from the newest checkpoint, if there is one; return the history until then.
+
+    Every worker gets its own batch-norm statistics back, or their mean where the number of workers has changed. Raises
+    checkpoint.DamagedError, and then takes the damaged checkpoint out of the folder, so that the next start goes on
+    from the one before it.
+    """
+    done = checkpoint.commits(folder)
+    if not done:
+        return []
+    try:
+        saved = checkpoint.load(folder, done[-1])
+    except checkpoint.DamagedError:
+        checkpoint.drop_after(folder, done[-2].step if len(done) > 1 else 0)
+        raise
+    state.load_state_dict(saved)
+    of_all = saved["statistics"]
+    for name, buffer in state.model.named_buffers():
+        values = torch.stack([of_one[name] for of_one in of_all])
+        mean = values.mean(0) if values.is_floating_point() else values[0]
+        buffer.copy_(values[rank] if len(of_all) == world else mean)
+    return saved["history"]
