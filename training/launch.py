@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -31,15 +30,9 @@ from pipeline.tree import absolute
 from training.engine.loop import train
 from training.engine.setup import new_network
 from training.engine.worker import Job
-from training.recipe import Recipe, as_json, parse
-from training.runs import checkpoint, model_file, notes, tracking
+from training.recipe import Recipe, parse
+from training.runs import checkpoint, model_file, notes, recipe_file, tracking
 from training.runs.progress import Progress
-
-# What may differ when a run is resumed; everything else decides the result.
-FREE_TO_CHANGE = (
-    "workers", "actors", "device", "tracker", "data", "storage", "checkpoint_steps", "checkpoint_minutes", "timeout",
-    "compile", "cuda_graph", "recompute",
-)  # fmt: skip
 
 # Else glibc gives the memory of every step back, and takes it anew page by page: a tenth of a step on a CPU.
 KEEP_MEMORY = {
@@ -257,22 +250,15 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     From the first checkpoint on it is: raises InputError where it belongs to another recipe or other data. Damaged
     checkpoints are reported and removed, so that whoever looks later finds the same one.
     """
-    wanted = {name: value for name, value in as_json(recipe).items() if name not in FREE_TO_CHANGE}
-    wanted["checksum of the data"] = data
-    fs, path = storage.connect(folder)
     notes.clear(folder)
     saved = checkpoint.latest(
         folder, lambda warning: console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
     )
-    recipe_file = storage.join(path, "recipe.json")
     if saved is None:
-        storage.write(fs, recipe_file, json.dumps(wanted, indent=2).encode())
+        recipe_file.write(folder, recipe, data)
         checkpoint.drop_after(folder, 0)
         return 0, []
-    made_with = json.loads(storage.read(fs, recipe_file))
-    different = [name for name in wanted if wanted[name] != made_with.get(name)]
-    if different:
-        raise InputError(f"{folder} was made with another {different[0]}: remove it or choose another --name")
+    recipe_file.require_same(folder, recipe, data)
     checkpoint.drop_after(folder, int(saved["step"]))
     return int(saved["step"]), saved["history"]
 

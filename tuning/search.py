@@ -17,10 +17,11 @@ from pipeline import compute, storage
 from pipeline.dataset import HeldOut, InputError
 from training import launch
 from training.recipe import Recipe, as_json, difference, preset
+from training.runs.recipe_file import FREE_TO_CHANGE, differences
 from tuning import outcome, space, trials
 from tuning.sweep import Sweep
 
-OPERATIONAL = ("name", "seed", "evaluate_every", *launch.FREE_TO_CHANGE)  # no part of what is found
+OPERATIONAL = ("name", "seed", "evaluate_every", *FREE_TO_CHANGE)  # no part of what is found
 STATE = "sweep.json"  # in the sweep's folder: what it is
 
 
@@ -102,7 +103,7 @@ def run(
 
 def _claim(sweep: Sweep, searched: Mapping[str, Domain]) -> None:
     """Make the sweep's folder its own; raises InputError where it holds another one, or none to resume."""
-    operational = dict.fromkeys(launch.FREE_TO_CHANGE)
+    operational = dict.fromkeys(FREE_TO_CHANGE)
     wanted = {
         "search": space.as_text(searched),
         **{name: getattr(sweep, name) for name in ("algorithm", "trials", "metric", "validation")},
@@ -121,7 +122,8 @@ def _claim(sweep: Sweep, searched: Mapping[str, Domain]) -> None:
         storage.write(fs, file, json.dumps(wanted, indent=2).encode())
         return
     made_with = json.loads(storage.read(fs, file))
-    different = [name for name in wanted if wanted[name] != made_with.get(name)]
+    different = [name for name in wanted if name != "recipe" and wanted[name] != made_with.get(name)]
+    different += [f"recipe.{path}" for path in differences(sweep.recipe, wanted["recipe"], made_with["recipe"])]
     if different:
         raise InputError(f"{sweep.folder} is a sweep with another {different[0]}: give the same, or change --name")
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +34,8 @@ from training.audit import page
 from training.audit.evidence import SCHEMA, Findings, reduce_visits, settled
 from training.engine.schedule import Schedule
 from training.launch import guarded
-from training.recipe import source_of
-from training.runs import checkpoint, ledger, model_file
+from training.runs import checkpoint, ledger
+from training.runs.finished import Run
 
 LABELS, PAGE, SUGGESTIONS = "audit/labels.parquet", "audit/audit.html", "audit/suggest.csv"  # in the run's folder
 EPOCHS = 3  # visits of an image, at least, that are read where no number of cycles is asked for
@@ -64,47 +63,6 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as its folder tells of it."""
-
-    folder: str
-    recipe: dict[str, Any]  # recipe.json
-    schedule: Schedule
-    model: model_file.ModelFile
-
-    @staticmethod
-    def open(folder: str) -> Run:
-        """The run in `folder`; raises InputError where there is none that has finished."""
-        fs, path = storage.connect(folder)
-        try:
-            recipe = json.loads(storage.read(fs, storage.join(path, "recipe.json")))
-        except FileNotFoundError:
-            raise InputError(f"{folder} has no recipe.json: give the folder of a run") from None
-        except json.JSONDecodeError:
-            raise InputError(f"{folder}/recipe.json is damaged: copy the run again") from None
-        if not ledger.parts(folder):
-            raise InputError(f"{folder} holds no ledger: copy it with the run, or train again")
-        return Run(folder, recipe, Schedule(**recipe["schedule"]), model_file.read(folder))
-
-    def load(self, data: str) -> Dataset:
-        """The data set at `data`; raises InputError where it is not the one that the run was trained on."""
-        dataset = source_of(self.recipe["dataset"]).load(data, self.recipe["seed"])
-        self.model.require(dataset.class_names, data or "the data set")
-        if dataset.digest != self.recipe["checksum of the data"]:
-            raise InputError(f"{data or 'the data set'} is not what {self.folder} was trained on: give that --data")
-        return dataset
-
-    def window(self, cycles: int, images: int) -> range:
-        """The steps to read: those of the last `cycles`, or of as few as visit each of `images` EPOCHS times."""
-        starts = [0, *self.schedule.ends[:-1]]
-        if cycles > len(starts):
-            raise InputError(f"{self.folder} has {len(starts)} cycles, not {cycles}: lower --cycles")
-        enough = self.schedule.steps - EPOCHS * images / self.recipe["batch"]
-        first = starts[-cycles] if cycles else max((start for start in starts if start <= enough), default=0)
-        return range(first, self.schedule.steps)
-
-
 def audit(options: Options, console: Console | None = None) -> Findings:
     """Write labels.parquet, audit.html and, where asked for, suggest.csv; returns what they tell.
 
@@ -113,7 +71,7 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     console = console or Console()
     run = Run.open(options.run)
     dataset = run.load(options.data)
-    steps = run.window(options.cycles, len(dataset.train))
+    steps = window(run, options.cycles, len(dataset.train))
     parts = whole_parts(run, steps)
     storage.require_writable(run.folder)
 
@@ -147,6 +105,16 @@ def audit(options: Options, console: Console | None = None) -> Findings:
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def window(run: Run, cycles: int, images: int) -> range:
+    """Return the steps to read: those of the last `cycles`, or of as few as visit each of `images` EPOCHS times."""
+    starts = [0, *run.schedule.ends[:-1]]
+    if cycles > len(starts):
+        raise InputError(f"{run.folder} has {len(starts)} cycles, not {cycles}: lower --cycles")
+    enough = run.schedule.steps - EPOCHS * images / run.recipe["batch"]
+    first = starts[-cycles] if cycles else max((start for start in starts if start <= enough), default=0)
+    return range(first, run.schedule.steps)
 
 
 def whole_parts(run: Run, steps: range) -> list[tuple[ledger.Part, int]]:

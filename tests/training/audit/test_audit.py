@@ -18,8 +18,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import safe_open, save
-from tests.training.test_evidence import by_pandas
-from training.audit.audit.__main__ import Options, Run, whole_parts
 
 from pipeline.custom import Custom
 from pipeline.dataset import InputError
@@ -28,13 +26,16 @@ from pipeline.layout import stable_ids
 from pipeline.shards import Options as Ingest
 from pipeline.shards import ingest
 from tests.pipeline import layouts
+from tests.training.audit.test_evidence import by_pandas
 from training import launch
-from training.audit.audit import __main__ as audit
+from training.audit import audit
+from training.audit.audit import Options, whole_parts
 from training.audit.evidence import settled
 from training.engine.schedule import Schedule
 from training.objectives.ieg import winnow
 from training.recipe import Recipe
 from training.runs import ledger
+from training.runs.finished import Run
 
 CLASSES = ("ant", "bee", "cat, big")
 TORN = ("train/ant/copy.jpg", "train/bee/0.jpg")  # the same bytes
@@ -111,7 +112,7 @@ def test_cycles_choose_the_visits(root, tmp_path):
 )
 def test_as_few_cycles_as_hold_three_visits(root, images, cycles, expected):
     run = Run.open(f"{root}/runs/run")
-    assert run.window(cycles, images) == range(expected, 18)
+    assert audit.window(run, cycles, images) == range(expected, 18)
 
 
 def test_the_page_tells_of_run_and_images(root):
