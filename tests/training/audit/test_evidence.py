@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.audit.audit import evidence
+from training.audit import evidence
 from training.audit.evidence import HISTOGRAMS, SCHEMA, Findings, lowest, quality, reduce_visits, settled
 from training.engine.schedule import Schedule
 

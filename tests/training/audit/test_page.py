@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from training.audit.audit import page
+from training.audit import page
 from training.audit.evidence import SCHEMA, Findings
 from training.audit.page import Judged, Report, render, thumbnail
 
