@@ -52,7 +52,8 @@ from training.engine.state import TrainState
 from training.engine.step import update
 from training.launch import guarded, run
 from training.objectives.interface import Alone, Batch
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 
 RANKINGS = ("self_confidence", "normalized_margin")  # cleanlab's default, and its other score for single labels
 

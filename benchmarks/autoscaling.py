@@ -45,7 +45,8 @@ from pipeline.compute import SUBCLUSTER
 from training import launch
 from training.engine.schedule import Schedule
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 
 STEPS, SLOW_FROM, SLOW_SECONDS = 300, 295, 5.0  # a block of the stream holds 5 steps: the last is slow
 BATCH = 200

@@ -29,7 +29,8 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from pipeline.digits import Digits
 from training.engine.schedule import Schedule
 from training.launch import guarded, run
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 from training.runs import checkpoint
 
 ROLES = {  # by what is part of a process's title

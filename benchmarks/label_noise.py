@@ -25,7 +25,8 @@ from pipeline.cifar import Cifar
 from pipeline.noise import Noise
 from training.engine.schedule import Schedule
 from training.launch import guarded, run
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from training.engine import networks
 from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.interface import Alone, Batch, Coefficients
-from training.recipe import METHODS
+from training.objectives.registry import METHODS
 from training.runs import ledger
 from training.runs.ledger import Ledger
 

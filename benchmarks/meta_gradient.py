@@ -36,7 +36,7 @@ from training.objectives.losses import sharpen
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
 from training.objectives.tangents import Recorded
 
-ENGINES: tuple[Engine, ...] = ("forward", "second_order", "difference")
+ENGINES: tuple[Engine, ...] = ("forward", "second_order")
 FORMATS = {"seconds": ".4f", "vanilla_seconds": ".4f", "time_ratio": ".2f", "memory_ratio": ".2f"}
 FORMATS |= {"weight_rel_error": ".1e", "trust_sign_agreement": ".3f"}
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.recipe import METHODS
+from training.objectives.registry import BASELINES, PRESETS
 
 WRN, RN29, DENSENET, RN50 = "wrn-28-10", "resnet29", "densenet100", "resnet50"
 ROG = "ours: layers of other blocks, weighted on the trusted images"
@@ -191,9 +191,8 @@ def _figures() -> Iterator[Cell]:
 def _everything() -> Iterator[Cell]:
     """Table A, ours: every method under five kinds of noise, and the ablations of `winnow` under two."""
     for noise in ("uniform:0.4", "uniform:0.8", "asymmetric:0.4", "semantic", "human"):
-        for method in ("rog", *METHODS):
-            if not method.startswith("M-"):
-                yield Cell("A", "cifar10", noise, method, method, WRN)
+        for method in ("rog", *PRESETS, *BASELINES):
+            yield Cell("A", "cifar10", noise, method, method, WRN)
         if noise.startswith("uniform"):
             for number in range(1, 11):
                 trusted = 1 if number == 10 else 10

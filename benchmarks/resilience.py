@@ -66,7 +66,8 @@ from pipeline.plan import Purpose, key
 from training import launch
 from training.engine.schedule import Schedule
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 from training.runs import checkpoint, ledger
 
 STEPS, CHECKPOINT_STEPS, EVALUATE_EVERY = 80, 10, 20

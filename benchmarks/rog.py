@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.objectives.memory import blocks, with_features
+from training.objectives.memory import outer_blocks, with_features
 
 STARTS, MOST_STEPS = 10, 100
 LAYERS = 3  # as the authors' code has for DenseNet, there all of the last block; 4 for ResNet
@@ -31,7 +31,7 @@ def layer_features(model: nn.Module, image_NCHW: Tensor, classes: int) -> list[T
         model.get_submodule(name).register_forward_hook(
             lambda _, inputs, output, name=name: seen.update({name: output.detach().flatten(2).mean(2)})
         )
-        for name in blocks(model)[-LAYERS:-1]
+        for name in outer_blocks(model)[-LAYERS:-1]
     ]
     try:
         last_ND = with_features(model, image_NCHW, classes)[1]

@@ -6,10 +6,9 @@
 Real CIFAR-10 at 16 px with 80 % uniform noise, WRN-10-1, in one process without Ray; or the digits of the demo, as they
 are trained there. The first run trains exactly, and at the steps of `--look` asks every variant for its ω* and λ* of
 the same batch and state: `weight_rel_error` is ‖ω* − ω°‖/‖ω°‖, `kept_agreement` the share of examples of which both or
-neither count (ω > 0), `trust_agreement` the share of equal λ. ω° and λ° are those of the exact engine in float64; what
-`meta_every` remembers are exact ones of earlier steps. Then each variant trains by itself to the end of one cosine
-cycle; `top1` is on all test images. `never`, without meta steps, is the control: what ω and λ are worth. `--data` is as
-for `benchmarks.label_noise`.
+neither count (ω > 0), `trust_agreement` the share of equal λ. ω° and λ° are those of the exact engine in float64. Then
+each variant trains by itself to the end of one cosine cycle; `top1` is on all test images. `--data` is as for
+`benchmarks.label_noise`.
 """
 
 from __future__ import annotations
@@ -131,31 +130,24 @@ def batches(recipe: Recipe, dataset: Dataset, steps: int) -> Iterator[tuple[int,
         yield step, assemble(held, recipe, len(dataset.class_names), CPU)
 
 
-def advance(state: TrainState, recipe: Recipe, step: int, batch: Batch) -> Coefficients:
+def advance(state: TrainState, recipe: Recipe, step: int, batch: Batch) -> None:
     """One update."""
     lr = recipe.schedule.learning_rate(step)
-    outcome = update(state, recipe.objective, batch, lr=lr, workers=Alone(), steps=recipe.schedule.steps)
-    return outcome.coefficients
+    update(state, recipe.objective, batch, lr=lr, workers=Alone(), steps=recipe.schedule.steps)
 
 
 def looks(recipe: Recipe, dataset: Dataset, at: tuple[int, ...]) -> Iterator[Fidelity]:
     """Train exactly until the last of the steps; at each of them compare every variant's coefficients."""
     variants = {name: objective for name, objective in VARIANTS.items() if isinstance(objective, Ieg)}
     state = new_state(recipe, 10, len(dataset.train), 1, CPU)
-    memories = {name: objective.memory(state.model, len(dataset.train), 10) for name, objective in variants.items()}
     for step, batch in batches(recipe, dataset, max(at) + 1):
         if step in at:
             moment = moment_of(state, recipe.schedule.learning_rate(step), recipe.schedule.steps)
             exact = in_float64(variants["exact"], state, batch, moment)
             for name, objective in variants.items():
-                told = replace(moment, memory=memories[name])
-                found = objective(copy.deepcopy(state.model), batch, told, Alone()).coefficients
+                found = objective(copy.deepcopy(state.model), batch, moment, Alone()).coefficients
                 yield Fidelity(name, recipe.seed, step, *distance(found, exact))
-        decided = advance(state, recipe, step, batch)
-        for name, memory in memories.items():
-            if step % variants[name].meta_every == 0:
-                for kept, value_B in zip(memory.buffers(), (decided.weight_B, decided.trust_B), strict=False):
-                    kept[batch.row_B] = value_B
+        advance(state, recipe, step, batch)
 
 
 def in_float64(objective: Ieg, state: TrainState, batch: Batch, moment: Moment) -> Coefficients:

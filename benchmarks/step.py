@@ -3,15 +3,15 @@
     python -m benchmarks.step --out benchmarks/results/step.json
 
 A step is `training.engine.step.update`: passes, coefficients, backward, SGD, moving average; vanilla is cross-entropy
-with SGD. One round runs each variant in turn, from one meta step to the next where not every step has one. `ms` is the
-median over rounds, on a CPU of the processor's own time; `ratio_to_vanilla` is the median of each round's own ratio,
-which other work on the machine disturbs least. `memory_ratio` compares the peaks of what torch's allocator holds beyond
-what it held before (see `benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm
-network, such as resnet50, is measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`.
-`recompute` is exact with the activations of one block at a time (`--recompute`), `by_group` with one of four groups in
-the network at a time (`--pass-groups 1`); `graph`, `vanilla_graph` … on GPUs are one CUDA graph (`--cuda-graph`), their
-memory that of its capture. Those by torch.compile (`--compile`) want a C++ compiler on a CPU, and a minute a network;
-they are measured where they are named, beside what they compare with:
+with SGD. One round runs each variant in turn. `ms` is the median over rounds, on a CPU of the processor's own time;
+`ratio_to_vanilla` is the median of each round's own ratio, which other work on the machine disturbs least.
+`memory_ratio` compares the peaks of what torch's allocator holds beyond what it held before (see
+`benchmarks.meta_gradient`). What fails keeps its row, with nulls and an `error`. A timm network, such as resnet50, is
+measured where timm is installed. What the savings cost in fidelity: `benchmarks.savings`. `recompute` is exact with the
+activations of one block at a time (`--recompute`), `by_group` with one of four groups in the network at a time
+(`--pass-groups 1`); `graph`, `vanilla_graph` … on GPUs are one CUDA graph (`--cuda-graph`), their memory that of its
+capture. Those by torch.compile (`--compile`) want a C++ compiler on a CPU, and a minute a network; they are measured
+where they are named, beside what they compare with:
 
     python -m benchmarks.step --out benchmarks/results/step_compiled.json --variants exact vanilla_compiled compiled
 """
@@ -41,18 +41,12 @@ from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import winnow
 from training.objectives.interface import Alone, Batch, Objective
 
-NEVER = 1_000_000_000  # a meta step in step 0 alone; all other examples keep ω0 and λ0: a control
 VARIANTS: dict[str, Objective] = {
     "vanilla": Supervised(average_parameters=False),
     "exact": winnow(),
     "second_order": replace(winnow(), engine="second_order"),
-    "difference": replace(winnow(), engine="difference"),
     "last_block": replace(winnow(), meta_scope="last_block"),
     "last_layer": replace(winnow(), meta_scope="last_layer"),
-    "probe_quarter": replace(winnow(), meta_probe=0.25),
-    "every_4": replace(winnow(), meta_every=4),
-    "block_every_2": replace(winnow(), meta_scope="last_block", meta_every=2),
-    "never": replace(winnow(), meta_every=NEVER),
 }
 GROUPS = 4
 HOW: dict[str, tuple[str, dict[str, Any]]] = {  # objective, and how its network is run
@@ -75,7 +69,7 @@ FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
 def stepping(
     network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str]
 ) -> dict[str, Callable[[], object]]:
-    """Steps of each variant (as many as `cycle` says), each on a network of its own with the same weights and batch."""
+    """A step of each variant, each on a network of its own with the same weights and batch."""
     torch.compiler.reset()  # of networks before; beyond some graphs of one function it would give up without a word
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model, held, _ = prepare(network, size, batch, device)
@@ -86,7 +80,7 @@ def stepping(
         variant, how = HOW[name]
         objective = VARIANTS[variant]
         by = StepGraph() if name.endswith("graph") else differentiate
-        calls[name] = partial(_steps, _state(deepcopy(model), dtype, how, objective, batch), objective, held, by)
+        calls[name] = partial(_step, _state(deepcopy(model), dtype, how, objective, batch), objective, held, by)
     return calls
 
 
@@ -107,17 +101,9 @@ def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: O
     )
 
 
-def _steps(state: TrainState, objective: Objective, batch: Batch, by: Differentiate) -> None:
-    # As many as there are from one meta step to the next.
-    for _ in range(cycle(objective)):
-        update(state, objective, batch, lr=0.01, workers=Alone(), by=by)
-        state.optimizer.zero_grad(set_to_none=True)
-
-
-def cycle(objective: Objective) -> int:
-    """Steps after which the work of a step repeats, once step 0 is over."""
-    every = getattr(objective, "meta_every", 1)
-    return 1 if every == NEVER else every
+def _step(state: TrainState, objective: Objective, batch: Batch, by: Differentiate) -> None:
+    update(state, objective, batch, lr=0.01, workers=Alone(), by=by)
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def measure(
@@ -145,9 +131,8 @@ def measure(
         row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
         row |= dict.fromkeys(FORMATS)
         if calls and not {"vanilla", name} & set(errors):
-            steps = cycle(VARIANTS[HOW[name][0]])
-            row["ms"] = 1e3 * statistics.median(times[name] for times in taken) / steps
-            row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken) / steps
+            row["ms"] = 1e3 * statistics.median(times[name] for times in taken)
+            row["ratio_to_vanilla"] = statistics.median(times[name] / times["vanilla"] for times in taken)
             row["memory_ratio"] = peaks[name] / peaks["vanilla"]
         failed = [errors[part] for part in ("network", "vanilla", name) if part in errors]
         cells = [f"{'–' if row[n] is None else format(row[n], form):>{len(n) + 2}}" for n, form in FORMATS.items()]

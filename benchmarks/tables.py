@@ -45,7 +45,8 @@ from training.engine.schedule import Schedule
 from training.launch import Result, guarded, run
 from training.objectives.ieg import Ieg, ablation
 from training.objectives.interface import Objective
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 from training.runs import ledger
 from training.runs.model_file import BATCH, ModelFile, read
 
@@ -271,11 +272,13 @@ def listing(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Table A at the small scale: all methods, by their mean over the kinds of noise; then the ablations."""
+    """Table A at the small scale: methods that were run, by their mean over the kinds of noise; then the ablations."""
     in_table = [cell for cell in cells() if cell.table == "A"]
     found = {(cell.noise, cell.row): mean_and_deviation(rows, cell.name, "small") for cell in in_table}
     noises = list(dict.fromkeys(cell.noise for cell in in_table))
-    methods = list(dict.fromkeys(cell.row for cell in in_table if "-M-" not in cell.row))
+    methods = list(
+        dict.fromkeys(cell.row for cell in in_table if "-M-" not in cell.row and found[cell.noise, cell.row])
+    )
 
     def top1(noise: str, method: str) -> float:
         return float(found[noise, method].split()[0]) if found[noise, method] else math.nan

@@ -6,7 +6,8 @@ from pipeline.cifar import Cifar
 from pipeline.noise import Noise
 from training.engine.schedule import Schedule
 from training.launch import main
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 
 
 def recipe(method: str) -> Recipe:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pipeline.index import Sharded
 from training.engine.schedule import Schedule
 from training.launch import main
-from training.recipe import METHODS, Recipe, tuned
+from training.objectives.registry import METHODS
+from training.recipe import Recipe, tuned
 
 
 def recipe(method: str) -> Recipe:

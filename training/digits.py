@@ -14,7 +14,8 @@ from training import report
 from training.engine.schedule import Schedule
 from training.launch import guarded, run
 from training.objectives.baselines.supervised import Supervised
-from training.recipe import METHODS, Recipe, parse
+from training.objectives.registry import METHODS
+from training.recipe import Recipe, parse
 
 
 def recipe(method: str) -> Recipe:

@@ -23,49 +23,9 @@ from pipeline.dataset import InputError, Source
 from pipeline.digits import Digits
 from pipeline.index import Sharded
 from training.engine.schedule import Schedule
-from training.objectives.baselines import bootstrap
-from training.objectives.baselines.cleannet import CleanNetWeights
-from training.objectives.baselines.co_teaching import CoTeaching
-from training.objectives.baselines.elr import Elr
-from training.objectives.baselines.forward import Forward
-from training.objectives.baselines.gce import Gce
-from training.objectives.baselines.glc import Glc
-from training.objectives.baselines.incv import Incv
-from training.objectives.baselines.m_correction import MCorrection
-from training.objectives.baselines.mentornet import MentorNet
-from training.objectives.baselines.meta_label_correction import MetaLabelCorrection
-from training.objectives.baselines.meta_weight_net import MetaWeightNet
-from training.objectives.baselines.mixmatch import MixMatch, mixmatch_kl
-from training.objectives.baselines.reweight import Reweight
-from training.objectives.baselines.self_learning import SelfLearning
-from training.objectives.baselines.supervised import Supervised
-from training.objectives.ieg import Ieg, ablation, paper, reference, winnow
+from training.objectives.ieg import Ieg
 from training.objectives.interface import Objective
-
-METHODS: dict[str, Callable[[], Objective]] = {
-    "winnow": winnow,
-    "reference": reference,
-    "paper": paper,
-    "supervised": Supervised,
-    "reweight": Reweight,
-    "gce": Gce,
-    "bootstrap-soft": bootstrap.soft,
-    "bootstrap-hard": bootstrap.hard,
-    "forward": Forward,
-    "glc": Glc,
-    "mentornet": MentorNet,
-    "co-teaching": CoTeaching,
-    "cleannet": CleanNetWeights,
-    "m-correction": MCorrection,
-    "self-learning": SelfLearning,
-    "incv": Incv,
-    "mwn": MetaWeightNet,
-    "elr": Elr,
-    "mlc": MetaLabelCorrection,
-    "mixmatch": MixMatch,
-    "mixmatch-kl": mixmatch_kl,
-    **{f"M-{number}": lambda number=number: ablation(number, reference()) for number in range(1, 11)},  # type: ignore[misc]
-}
+from training.objectives.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -118,7 +78,7 @@ class Recipe:
     cuda_graph: bool = False
     """Let a GPU repeat the step's passes by itself, as one CUDA graph, instead of waiting for its host: a third of the
     time with ResNet-29, nearly the same with networks that fill a GPU. For one worker, networks without random layers
-    such as dropout, and the methods winnow, reference, supervised and M-1 … M-10."""
+    such as dropout, and methods whose steps are all alike (an error names them)."""
     recompute: bool = False
     """Keep what goes from block to block alone, and compute the inside of a block again in backward: the same numbers,
     with 0.4 of the memory for a quarter more time; networks of few blocks save less. With pass_groups, less still."""
@@ -168,17 +128,15 @@ class Recipe:
                 raise ValueError(f"{held} groups a worker do not divide into passes of {self.pass_groups}")
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
-        if self.precision == "bf16" and getattr(self.objective, "engine", "") == "difference":
-            raise ValueError("precision bf16 rounds away what engine difference looks at: use engine forward")
         engine, scope = getattr(self.objective, "engine", ""), getattr(self.objective, "meta_scope", "all")
         if self.compile and (engine == "second_order" or scope != "all" or self.pass_groups or self.recompute):
             raise ValueError(
                 "compile goes with none of engine second_order, a smaller meta_scope, pass_groups and recompute"
             )
         if self.cuda_graph and (self.most_workers > 1 or not self.objective.steady):
+            steady = ", ".join(name for name, make in METHODS.items() if make().steady)
             raise ValueError(
-                "cuda_graph is for one worker, and for the methods winnow, reference, supervised and M-1 … M-10 "
-                "with an objective.lookahead_lr and objective.meta_every 1"
+                f"cuda_graph is for one worker, and for the methods {steady} with an objective.lookahead_lr"
             )
         if self.probe_batch % self.groups:
             raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")

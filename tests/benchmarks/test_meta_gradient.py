@@ -37,7 +37,6 @@ def test_every_engine_has_its_costs_and_its_distance_from_the_oracle(tmp_path, c
     assert rows["forward", "float64"]["trust_sign_agreement"] == 1
     assert rows["second_order", "float64"]["weight_rel_error"] <= 1e-10
     assert 0 < rows["forward", "float32"]["weight_rel_error"] < 1e-3
-    assert rows["difference", "float64"]["weight_rel_error"] < 0.1
     assert rows["second_order", "float32"]["memory_ratio"] > rows["forward", "float32"]["memory_ratio"]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
@@ -52,7 +51,7 @@ def test_an_engine_that_fails_keeps_its_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(meta_gradient, "meta_gradient", short_of_memory)
     meta_gradient.main(["--out", str(tmp_path / "out.json"), *TINY])
-    forward, second_order, _ = json.loads((tmp_path / "out.json").read_text())["rows"]
+    forward, second_order = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert second_order["error"] == "second_order: out of memory"
     assert all(second_order[name] is None for name in meta_gradient.FORMATS if name != "vanilla_seconds")
     assert "error" not in forward
@@ -66,7 +65,7 @@ def test_a_network_that_cannot_be_set_up_keeps_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(meta_gradient, "prepare", prepare)
     meta_gradient.main(["--out", str(tmp_path / "out.json"), *TINY])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["error"] for row in rows] == ["setting: out of memory"] * 3
+    assert [row["error"] for row in rows] == ["setting: out of memory"] * 2
     assert all(row[name] is None for row in rows for name in meta_gradient.FORMATS)
 
 

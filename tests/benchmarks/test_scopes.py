@@ -11,7 +11,8 @@ from benchmarks.paper import cells
 from pipeline.digits import Digits
 from pipeline.noise import Noise
 from training.engine.schedule import Schedule
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 
 
 def tiny(cell, tables, seed) -> Recipe:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from benchmarks import semantic_noise, tables
+from benchmarks import paper, semantic_noise, tables
 from benchmarks.paper import cells
 from benchmarks.tables import Row, Settings, chosen_cells, markdown, mean_and_deviation, read_rows, recipe_of
 from pipeline.dataset import InputError
@@ -20,7 +20,7 @@ from pipeline.noise import Noise
 from training.engine import networks
 from training.engine.schedule import Schedule
 from training.objectives.ieg import winnow
-from training.recipe import METHODS
+from training.objectives.registry import METHODS
 
 SETTINGS = Settings(data="data", storage="runs")
 
@@ -124,9 +124,22 @@ def test_means_and_deviations_are_over_seeds_of_one_scale():
     assert mean_and_deviation(rows, "C", "small") == ""
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_readme_or_a_page_beside_it_shows_what_was_measured():
     root = Path(tables.__file__).parents[1]
-    assert markdown(read_rows(f"{root}/{tables.RESULTS}")) in (root / "README.md").read_text()
+    pages = [page.read_text() for page in (root / "README.md", *(root / "docs").rglob("*.md"))]
+    assert sum(markdown(read_rows(f"{root}/{tables.RESULTS}")) in page for page in pages) == 1
+
+
+def test_a_method_that_was_not_measured_is_not_in_the_table(monkeypatch):
+    rows = [row(each.name, 0, 0.5) for each in cells() if each.table == "A" and each.method == "winnow"]
+    rows.append(row("A:cifar10:semantic:gce", 0, 0.25))
+    before = markdown(rows)
+    assert [line.split(" | ")[0] for line in before.splitlines()[2:4]] == ["| `winnow`", "| `gce`"]
+    assert "supervised" not in before
+    monkeypatch.setitem(paper.BASELINES, "toy", METHODS["supervised"])
+    monkeypatch.setitem(METHODS, "toy", METHODS["supervised"])
+    assert any(each.method == "toy" for each in cells())
+    assert markdown(rows) == before
 
 
 def test_a_cell_runs_is_kept_and_is_not_run_again(local_ray, made_up_cifar, tmp_path, monkeypatch, capsys):

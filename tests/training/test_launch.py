@@ -19,7 +19,8 @@ from training import launch, report
 from training.engine import graph, networks
 from training.engine.batch import normalised
 from training.engine.schedule import Schedule
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 from training.runs import checkpoint, ledger
 
 

@@ -16,9 +16,8 @@ from training.objectives.baselines.reweight import Reweight
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import Ieg, ablation, paper, reference
 from training.objectives.interface import Objective
-from training.recipe import METHODS, Recipe, as_json, difference, override, parse, source_of, tuned
-
-TABLE_9 = [f"M-{number}" for number in range(1, 11)]
+from training.objectives.registry import METHODS
+from training.recipe import Recipe, as_json, difference, override, parse, source_of, tuned
 
 
 def recipe(method: str) -> Recipe:
@@ -44,15 +43,6 @@ def test_every_method_is_a_fresh_frozen_objective(method):
     assert objective == METHODS[method]()
     with pytest.raises(dataclasses.FrozenInstanceError):
         objective.average_parameters = False
-
-
-def test_methods_are_those_of_the_readme():
-    baselines = {
-        "supervised", "reweight", "gce", "bootstrap-soft", "bootstrap-hard", "forward", "glc", "mentornet",
-        "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch",
-        "mixmatch-kl",
-    }  # fmt: skip
-    assert set(METHODS) == {"winnow", "reference", "paper", *baselines, *TABLE_9}
 
 
 def test_presets_are_those_of_method_md():
@@ -129,8 +119,8 @@ def test_fields_change_one_by_one():
         batch=40,
         group=10,
     )
-    assert parse(recipe, ["--method", "reweight", "--objective.engine", "difference"]).objective == Reweight(
-        engine="difference"
+    assert parse(recipe, ["--method", "reweight", "--objective.engine", "second_order"]).objective == Reweight(
+        engine="second_order"
     )
 
 
@@ -272,9 +262,10 @@ def test_scripts_of_photographs_have_their_weights_in_every_method_that_knows_th
         ({"compile": True, "pass_groups": 1}, "compile goes with none of"),
         ({"compile": True, "recompute": True}, "compile goes with none of"),
         ({"cuda_graph": True, "batch": 100, "group": 25, "workers": (1, 2)}, "cuda_graph is for one worker"),
-        ({"cuda_graph": True, "objective": paper()}, "cuda_graph is for one worker, and for the methods winnow"),
-        ({"cuda_graph": True, "objective": Ieg(meta_every=2)}, "cuda_graph is for one worker"),
-        ({"precision": "bf16", "objective": Ieg(engine="difference")}, "precision bf16 rounds away"),
+        (
+            {"cuda_graph": True, "objective": paper()},
+            "for the methods winnow, reference, supervised, M-1,",
+        ),
         ({"checkpoint_steps": -1}, "checkpoint_steps is -1"),
         ({"checkpoint_minutes": math.nan}, "checkpoint_minutes is nan"),
     ],

@@ -17,7 +17,8 @@ from training import launch
 from training.engine import worker
 from training.engine.chronicle import Chronicle
 from training.engine.schedule import Schedule
-from training.recipe import METHODS, Recipe
+from training.objectives.registry import METHODS
+from training.recipe import Recipe
 from training.runs import checkpoint, ledger, notes
 
 ORDER = [("step", "ascending"), ("id", "ascending")]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from training.objectives.private_torch import foreach_lerp_
+
 
 def kernels(model: nn.Module) -> frozenset[str]:
     """Names of the weights of convolutions and linear layers: what weight decay acts on for ResNet-29 (METHOD)."""
@@ -68,7 +70,7 @@ class TrainState:
         if self.averaged:
             decay = min(0.999, (1 + self.step) / (10 + self.step))
             live = [value.detach() for value in self.model.parameters()]
-            torch._foreach_lerp_(list(self.averaged.values()), live, 1 - decay)
+            foreach_lerp_(list(self.averaged.values()), live, 1 - decay)
         self.step += 1
 
     def finite(self) -> bool:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.objectives.baselines.reweight import normalised_weights
 from training.objectives.interface import Alone, Batch, Coefficients, Moment, Objective, Outcome, Workers
 from training.objectives.losses import (
     cross_entropy,
@@ -20,27 +19,14 @@ from training.objectives.losses import (
     kl_divergence,
     logit_norm,
     mixed_pass,
+    normalised_weights,
     one_hot,
     pool_draws,
     settled,
     sharpen,
-    split_trusted,
 )
-from training.objectives.memory import seen
 from training.objectives.meta import Engine, Lookahead, MetaProblem, MetaScope, meta_gradient
 from training.objectives.tangents import Recorded
-
-
-class LastCoefficients(nn.Module):
-    """Of each training example, ω relative to 1/B and λ of its last meta step; 2N numbers on every worker."""
-
-    weight_N: Tensor
-    trust_N: Tensor
-
-    def __init__(self, examples: int, trust0: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("weight_N", torch.ones(examples, dtype=dtype))
-        self.register_buffer("trust_N", torch.full((examples,), trust0, dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -63,13 +49,9 @@ class Ieg(Objective):
     label_weight: float = 0.5
     """c, the weight of L_ω* + L_λ* (the authors' code ½, the paper 1)."""
     engine: Engine = "forward"
-    """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+    """How the meta gradient is computed: exactly by forward mode, or by second order (slower, and larger)."""
     meta_scope: MetaScope = "all"
     """The meta step looks at all parameters (exact), or at those of the last block or layer alone (cheaper)."""
-    meta_probe: float = 1.0
-    """Share of each group's trusted images that the meta step reads, above 0 to 1 (1: exact)."""
-    meta_every: int = 1
-    """Steps from one meta step to the next; between them each example keeps its last ω and λ (1: exact)."""
     scope: Literal["global", "replica"] = "global"
     """Coefficients and logit norm over all workers, independent of their number, or per worker (the authors' code)."""
     lookahead: Lookahead = "momentum"
@@ -104,12 +86,6 @@ class Ieg(Objective):
             raise ValueError(f"objective.lambda0 is {self.lambda0}: it must be between 0 and 1")
         if not self.temperature > 0:
             raise ValueError(f"objective.temperature is {self.temperature}: it must be above 0")
-        if not 0 < self.meta_probe <= 1:
-            raise ValueError(f"objective.meta_probe is {self.meta_probe}: it must be above 0 and at most 1")
-        if self.meta_every < 1:
-            raise ValueError(f"objective.meta_every is {self.meta_every}: it must be 1 or more")
-        if self.meta_every > 1 and self.scope == "replica":
-            raise ValueError("objective.meta_every needs objective.scope global: workers share what they remember")
         if self.lookahead_lr is not None and not self.lookahead_lr > 0:
             raise ValueError(f"objective.lookahead_lr is {self.lookahead_lr}: it must be above 0, or None")
         if self.lookahead == "l2r" and self.relabel:
@@ -117,16 +93,10 @@ class Ieg(Objective):
                 "objective.lookahead l2r has ω0 = 0, which hides λ: set objective.relabel to False with it"
             )
 
-    def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """Every example's last ω and λ, where not every step has a meta step."""
-        if self.meta_every == 1:
-            return nn.Module()
-        return LastCoefficients(examples, self.lambda0 if self.relabel else 1.0, next(model.parameters()).dtype)
-
     @property
     def steady(self) -> bool:
         """See `Objective`."""
-        return self.lookahead_lr is not None and self.meta_every == 1
+        return self.lookahead_lr is not None
 
     def draws(self, batch: Batch) -> tuple[Tensor, ...]:
         """Mixup's partners and factors."""
@@ -137,7 +107,7 @@ class Ieg(Objective):
         if self.scope == "replica":
             workers = Alone()
         moves_all = self.engine == "forward" and self.meta_scope == "all"
-        with Recorded(keeps=moves_all and not self._remembers(moment)) as recorded:
+        with Recorded(keeps=moves_all) as recorded:
             weak_BK = model(batch.weak_BCHW)
         needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
         with torch.set_grad_enabled(self.kl > 0):
@@ -159,13 +129,12 @@ class Ieg(Objective):
             anchor_BK = weak_BK if self.kl_into_weak else weak_BK.detach()
             parts["consistency"] = kl_divergence(anchor_BK, strong_BK).mean()
             total = self.kl * pace * parts["consistency"]
-            if recorded.outputs and not self.kl_into_weak:
+            if recorded.calls and not self.kl_into_weak:
                 total = settled(total, model)  # the activations of the strong views make room for the record
 
         trust0 = self.lambda0 if self.relabel else 1.0
-        judges = batch if self.meta_probe == 1 else split_trusted(batch, self.meta_probe)[0]
         problem = MetaProblem(
-            model, judges, moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
+            model, batch, moment, workers, weak_BK, given_BK, pseudo_BK, trust0,
             self.lookahead_lr or moment.lr, self.lookahead, self.probe_decay, scope=self.meta_scope,
             recorded=recorded,
         )  # fmt: skip
@@ -209,23 +178,12 @@ class Ieg(Objective):
             guess_BK = guess_BK / guess_BK.sum(1, keepdim=True)
         return guess_BK
 
-    def _remembers(self, moment: Moment) -> bool:
-        """Whether this step goes without a meta step, by each example's last coefficients."""
-        return moment.step % self.meta_every > 0
-
     def _coefficients(self, problem: MetaProblem) -> tuple[Tensor, Tensor]:
         """ω* relative to 1/B, and λ* (step 4, eqs. 2 and 6)."""
-        row_B, workers, memory = problem.batch.row_B, problem.workers, problem.moment.memory
-        if self._remembers(problem.moment):
-            assert isinstance(memory, LastCoefficients)
-            return normalised_weights(memory.weight_N[row_B], workers), memory.trust_N[row_B]
         omega_gradient_B, lambda_gradient_B = meta_gradient(self.engine, problem)
         initial = problem.omega0 if self.weights == "step" else 0.0
-        weight_B = normalised_weights(initial - omega_gradient_B, workers)
+        weight_B = normalised_weights(initial - omega_gradient_B, problem.workers)
         trust_B = (lambda_gradient_B < 0).to(weight_B.dtype) if self.relabel else torch.ones_like(weight_B)
-        if isinstance(memory, LastCoefficients):
-            rows_U, (weight_U, trust_U) = seen(row_B, [weight_B, trust_B], workers)
-            memory.weight_N[rows_U], memory.trust_N[rows_U] = weight_U, trust_U
         return weight_B, trust_B
 
     def _mixup_losses(
@@ -233,12 +191,12 @@ class Ieg(Objective):
     ) -> tuple[Tensor, Tensor]:
         """(L_β^p, L_β^u) (step 5, eq. 9)."""
         mixed = mixed_pass(model, batch, label_BK, fold=self.fold_beta, mixes=self.mixup == "on")
-        blocks = [mixed.probe_logits, mixed.noisy_logits]
+        logits = [mixed.probe_logits, mixed.noisy_logits]
         if self.logit_norm:
-            blocks = logit_norm(blocks, workers)
+            logits = logit_norm(logits, workers)
         return (
-            cross_entropy(mixed.probe_target, blocks[0]).mean(),
-            cross_entropy(mixed.noisy_target, blocks[1]).mean(),
+            cross_entropy(mixed.probe_target, logits[0]).mean(),
+            cross_entropy(mixed.noisy_target, logits[1]).mean(),
         )
 
 

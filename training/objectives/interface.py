@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -116,6 +116,8 @@ class Objective(ABC):
     """A frozen dataclass of hyperparameters with one call."""
 
     average_parameters: bool  # evaluate the model with an exponential moving average of its parameters
+    staged: ClassVar[bool] = False  # does other things early in a run than late, or more of them
+    own_weights: ClassVar[bool] = False  # ω says how far an example counts, 0 to 1; else its share of the batch
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """What is kept from step to step beside the model, made once before step 0, alike on all workers: here nothing.
@@ -125,6 +127,11 @@ class Objective(ABC):
         and exported is the model alone. `examples` is N.
         """
         return nn.Module()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory."""
+        return type(self).memory is not Objective.memory
 
     @property
     def steady(self) -> bool:

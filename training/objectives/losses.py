@@ -20,7 +20,7 @@ from training.objectives.interface import Batch, Coefficients, Workers
 
 def cross_entropy(target_BK: Tensor, logits_BK: Tensor) -> Tensor:
     """Cross-entropy of each example with a soft target, B."""
-    return -(target_BK * F.log_softmax(logits_BK, 1)).sum(1)
+    return F.cross_entropy(logits_BK, target_BK, reduction="none")
 
 
 def corrected_cross_entropy(logits_BK: Tensor, transition_KK: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +45,20 @@ def sharpen(probability_BK: Tensor, temperature: float) -> Tensor:
     return powered_BK / powered_BK.sum(1, keepdim=True)
 
 
-def logit_norm(blocks: Sequence[Tensor], workers: Workers) -> list[Tensor]:
-    """Each block divided by its root mean square over all its entries, on all workers (the authors' code)."""
-    mean_squares = workers.mean([block.square().mean() for block in blocks])
-    return [block * torch.rsqrt(square + 1e-8) for block, square in zip(blocks, mean_squares, strict=True)]
+def logit_norm(passes: Sequence[Tensor], workers: Workers) -> list[Tensor]:
+    """Each pass's logits divided by their root mean square over all entries, on all workers (the authors' code)."""
+    mean_squares = workers.mean([logits.square().mean() for logits in passes])
+    return [logits * torch.rsqrt(square + 1e-8) for logits, square in zip(passes, mean_squares, strict=True)]
+
+
+def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
+    """Positive parts of `raw_B` over (their sum + 1e-5), times B: relative to 1/B of the global batch.
+
+    All-negative input gives all-zero weights (METHOD, step 4).
+    """
+    positive_B = raw_B.clamp_min(0)
+    mean = workers.mean([positive_B.mean()])[0]
+    return positive_B / (mean + 1e-5 / (len(raw_B) * workers.size))
 
 
 def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
@@ -82,7 +92,7 @@ def settled(loss: Tensor, model: nn.Module) -> Tensor:
     return _Settled.apply(loss.detach(), *parameters, *gradients)
 
 
-def split_trusted(batch: Batch, share: float) -> tuple[Batch, Batch]:
+def split_probe(batch: Batch, share: float) -> tuple[Batch, Batch]:
     """The batch with the first trusted images of each group, at least one, and with the others.
 
     Whose they are does not depend on the number of workers.

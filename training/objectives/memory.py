@@ -70,7 +70,7 @@ def classifier(model: nn.Module, classes: int) -> nn.Linear:
     return linear[-1]
 
 
-def blocks(model: nn.Module) -> list[str]:
+def outer_blocks(model: nn.Module) -> list[str]:
     """Names of a network's blocks, in order: the elements with a kernel of the outermost `nn.Sequential`s inside it."""
     found: list[str] = []
     outermost = ""

@@ -1,7 +1,7 @@
 """The meta gradient: how the probe loss after one lookahead step changes with each example's weight and label trust.
 
-Three engines with one signature. With v = ∇L^p(θ') and t = J_θΦ(weak)·v, METHOD's identity gives, since θ' is affine in
-ω and λ:
+Two engines with one signature, both exact: forward mode, and second order. With v = ∇L^p(θ')
+and t = J_θΦ(weak)·v, the first does without a second-order graph (docs/method.md), since θ' is affine in ω and λ:
 
     ∂L^p/∂ω_i = −α (q_i − P_i)·t_i        ∂L^p/∂λ_i = −α ω0 (g_i − y_i)·t_i
 
@@ -26,10 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
-from training.objectives.memory import blocks, classifier
+from training.objectives.memory import classifier, outer_blocks
+from training.objectives.private_torch import foreach_add, foreach_add_
 from training.objectives.tangents import FusedTangents, Recorded
 
-Engine = Literal["forward", "second_order", "difference"]
+Engine = Literal["forward", "second_order"]
 Lookahead = Literal["momentum", "sgd", "l2r"]
 MetaScope = Literal["all", "last_block", "last_layer"]
 
@@ -78,8 +79,8 @@ class MetaProblem:
 def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str, Tensor]:
     """The parameters in a scope, by name.
 
-    "last_layer" is the last linear layer with K outputs; "last_block" the last of its `memory.blocks`, and all that
-    comes after it. Raises ValueError where there is none.
+    "last_layer" is the last linear layer with K outputs; "last_block" the last of its `memory.outer_blocks`, and all
+    that comes after it. Raises ValueError where there is none.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if scope == "all":
@@ -87,7 +88,7 @@ def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str,
     if scope == "last_layer":
         kept = {id(value) for value in classifier(model, classes).parameters()}
         return {name: value for name, value in parameters.items() if id(value) in kept}
-    last = blocks(model)[-1:]
+    last = outer_blocks(model)[-1:]
     if not last:
         raise ValueError("this network has no nn.Sequential of blocks: set objective.meta_scope to all or last_layer")
     names = list(parameters)
@@ -96,10 +97,10 @@ def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str,
 
 
 def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]:
-    """(∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, by "forward" mode or "second_order" (both exact), or by "difference"."""
+    """(∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, exactly: by "forward" mode, or by "second_order"."""
     if engine == "second_order":
         return _second_order(problem)
-    slope_BK = logit_slope(engine, problem)
+    slope_BK = logit_slope(problem)
     with torch.no_grad():
         residual_BK = problem.logits_BK.softmax(1) - problem.target(problem.lambda0)
         change_BK = problem.pseudo_BK - problem.given_BK
@@ -109,13 +110,13 @@ def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]
         )
 
 
-def logit_slope(engine: Literal["forward", "difference"], problem: MetaProblem) -> Tensor:
+def logit_slope(problem: MetaProblem) -> Tensor:
     """t = J_θΦ(weak)·∇L^p(θ'), B×K: how the logits would rise along the probe loss after the lookahead."""
     theta = problem.parameters
-    if engine == "forward" and problem.scope != "all":
+    if problem.scope != "all":
         return _backward_twice(problem, theta)
     direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
-    return (_forward_mode if engine == "forward" else _difference)(problem, theta, direction)
+    return _forward_mode(problem, theta, direction)
 
 
 def unit(gradient: Tensor, workers: Workers) -> Tensor:
@@ -145,7 +146,7 @@ def _looked_ahead(
     if gradients is None:
         return dict(theta)
     moment = problem.moment
-    sums = torch._foreach_add(list(theta.values()), list(gradients), alpha=-problem.alpha)
+    sums = foreach_add(list(theta.values()), list(gradients), alpha=-problem.alpha)
     ahead = dict(zip(theta, sums, strict=True))
     _add(ahead, _decayed(problem, theta), -problem.alpha * moment.weight_decay)
     if problem.lookahead == "momentum":
@@ -157,7 +158,7 @@ def _add(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: flo
     """values += factor·others, where there is another; in a few kernels, however many tensors."""
     both = [name for name in values if name in others]
     if both:
-        torch._foreach_add_([values[name] for name in both], [others[name] for name in both], alpha=factor)
+        foreach_add_([values[name] for name in both], [others[name] for name in both], alpha=factor)
 
 
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
@@ -178,24 +179,25 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
         return direction
     with torch.no_grad():  # not in place: two parameters can have one and the same gradient
         of_decayed = [direction[name] for name in decayed]
-        sums = torch._foreach_add(of_decayed, list(decayed.values()), alpha=problem.moment.weight_decay)
+        sums = foreach_add(of_decayed, list(decayed.values()), alpha=problem.moment.weight_decay)
     return {**direction, **dict(zip(decayed, sums, strict=True))}
-
-
-def _weak_logits(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
-    # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
-    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    with problem.recorded.replayed() if problem.recorded else nullcontext():
-        return functional_call(problem.model, {**theta, **buffers}, (problem.batch.weak_BCHW,))
 
 
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
+    recorded = problem.recorded
+    # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
+    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     # Flash attention has no forward mode.
-    outputs = problem.recorded.outputs if problem.recorded else ()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level(), FusedTangents(outputs):
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        dual_level(),
+        FusedTangents(recorded.calls if recorded else ()),
+        recorded.replayed() if recorded else nullcontext(),
+    ):
         moving = {name: make_dual(value.detach(), direction[name]) for name, value in theta.items()}
-        return unpack_dual(_weak_logits(problem, moving)).tangent
+        return unpack_dual(functional_call(problem.model, {**moving, **buffers}, (problem.batch.weak_BCHW,))).tangent
 
 
 def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
@@ -215,20 +217,10 @@ def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor
     return torch.autograd.grad(gradients, u_BK, list(direction.values()))[0]
 
 
-def _difference(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
-    """t ≈ (Φ(θ + εv) − Φ(θ))/ε with ε = R/‖v‖, reusing the weak logits: one plain forward, B×K."""
-    radius = 1e-2 if problem.logits_BK.dtype != torch.float64 else 1e-5
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(direction.values()))))
-        epsilon = radius / norm.clamp_min(1e-12)
-        moved = {name: value + epsilon * direction[name] for name, value in theta.items()}
-        return (_weak_logits(problem, moved) - problem.logits_BK) / epsilon
-
-
 def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
     """Backpropagation through the lookahead step: the oracle, with a graph of the gradient."""
     if problem.inner_loss is not None:
-        raise ValueError("second_order knows no inner_loss: use engine forward or difference")
+        raise ValueError("second_order knows no inner_loss: use engine forward")
     theta, size = problem.parameters, len(problem.logits_BK)
     omega_B = (problem.logits_BK.new_full((size,), problem.omega0) * problem.weight_B).requires_grad_()
     lambda_B = problem.logits_BK.new_full((size,), problem.lambda0, requires_grad=True)

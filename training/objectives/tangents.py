@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +16,34 @@ from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.overrides import TorchFunctionMode
 
+from training.objectives.private_torch import batch_norm_backward, batch_norm_forward, writes
+
 LINEAR = (F.conv2d, F.linear)  # in the input, and in the weight
 
 
 def capturing() -> bool:
     """Tell whether what is launched becomes part of a CUDA graph (engine/graph.py): its random state cannot be read."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A linear layer or a convolution at work."""
+
+    layer: str
+    input: torch.Size
+    weight: torch.Size
+    dtype: torch.dtype
+    output: Tensor | None = None  # where it is known
+
+    def __str__(self) -> str:
+        shapes = ("×".join(map(str, shape)) for shape in (self.input, self.weight))
+        return f"{self.layer} ({', '.join(shapes)}, {str(self.dtype).removeprefix('torch.')})"
+
+
+def call(func: Callable, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Call:
+    """What is called in `func(input, weight, …)`, before its output is known."""
+    return Call(func.__name__, input.shape, weight.shape, input.dtype)
 
 
 class Recorded(TorchFunctionMode):
@@ -33,7 +56,7 @@ class Recorded(TorchFunctionMode):
     def __init__(self, *, keeps: bool) -> None:
         super().__init__()
         self._keeps = keeps
-        self._kept: list[tuple[Tensor, int]] = []
+        self._kept: list[tuple[Call, Tensor, int]] = []
         self._random: list[Tensor] = []
 
     def __enter__(self) -> Recorded:
@@ -47,13 +70,13 @@ class Recorded(TorchFunctionMode):
         """See `TorchFunctionMode`."""
         out = func(*args, **(kwargs or {}))
         if self._keeps and func in LINEAR:
-            self._kept.append((out.detach(), out._version))
+            self._kept.append((call(func, *args, **(kwargs or {})), out.detach(), writes(out)))
         return out
 
     @property
-    def outputs(self) -> list[Tensor | None]:
-        """In the order of the calls; None where what came after has changed it in place."""
-        return [out if out._version == version else None for out, version in self._kept]
+    def calls(self) -> list[Call]:
+        """In their order; without the output where what came after has changed it in place."""
+        return [replace(call, output=out if writes(out) == before else None) for call, out, before in self._kept]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -69,13 +92,18 @@ class Recorded(TorchFunctionMode):
 class FusedTangents(TorchFunctionMode):
     """Inside it, and inside `torch.autograd.forward_ad.dual_level`, layers move by the short rules below.
 
-    `outputs` are those that `Recorded` has of the same pass with the same values: they are not computed again, which
-    saves a third of forward mode.
+    `calls` are those that `Recorded` has of the same pass with the same values: their outputs are not computed again,
+    which saves a third of forward mode. Raises ValueError where other layers are called, or more or fewer of them.
     """
 
-    def __init__(self, outputs: Sequence[Tensor | None] = ()) -> None:
+    def __init__(self, calls: Sequence[Call] = ()) -> None:
         super().__init__()
-        self._outputs = iter(outputs)
+        self._recorded, self._next = bool(calls), iter(calls)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if raised == (None, None, None) and (missed := next(self._next, None)):
+            raise _differs("nothing", missed)
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -85,8 +113,24 @@ class FusedTangents(TorchFunctionMode):
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
         if func in LINEAR:
-            return linear(func, next(self._outputs, None), *args, **kwargs)
+            return linear(func, self._known(call(func, *args, **kwargs)), *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _known(self, found: Call) -> Tensor | None:
+        # The output of a call, by its place among the calls.
+        if not self._recorded:
+            return None
+        expected = next(self._next, None)
+        if expected is None or replace(expected, output=None) != found:
+            raise _differs(found, expected or "nothing")
+        return expected.output
+
+
+def _differs(found: Call | str, expected: Call | str) -> ValueError:
+    return ValueError(
+        f"forward mode called {found} where the pass that it repeats called {expected}: "
+        "a network must call the same layers in every pass"
+    )
 
 
 def linear(
@@ -135,20 +179,16 @@ def batch_norm(
     beta_C, moved_beta_C = (None, None) if bias is None else unpack_dual(bias)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    out_BC, mean_C, scale_C = torch.native_batch_norm(
-        x_BC, gamma_C, beta_C, running_mean, running_var, True, momentum, eps
-    )
+    out_BC, mean_C, scale_C = batch_norm_forward(x_BC, gamma_C, beta_C, running_mean, running_var, True, momentum, eps)
     tangent = None
     if moved_BC is not None:
         of_mine = [True, False, False]  # not the parameters' gradients
-        tangent = torch.ops.aten.native_batch_norm_backward(
-            moved_BC, x_BC, gamma_C, None, None, mean_C, scale_C, True, eps, of_mine
-        )[0]
+        tangent = batch_norm_backward(moved_BC, x_BC, gamma_C, None, None, mean_C, scale_C, True, eps, of_mine)[0]
     if moved_gamma_C is not None or moved_beta_C is not None:
         zero_C = torch.zeros_like(mean_C)  # a missing γ would count as 1
         gamma_C = zero_C if moved_gamma_C is None else moved_gamma_C
         beta_C = zero_C if moved_beta_C is None else moved_beta_C
         variance_C = scale_C.square().reciprocal()  # with eps
-        by_parameters = torch.native_batch_norm(x_BC, gamma_C, beta_C, mean_C, variance_C, False, 0.0, 0.0)[0]
+        by_parameters = batch_norm_forward(x_BC, gamma_C, beta_C, mean_C, variance_C, False, 0.0, 0.0)[0]
         tangent = by_parameters if tangent is None else tangent.add_(by_parameters)
     return out_BC if tangent is None else make_dual(out_BC, tangent)

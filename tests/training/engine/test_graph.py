@@ -18,7 +18,7 @@ from training.engine.step import differentiate, update
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.ieg import paper
 from training.objectives.interface import Alone
-from training.recipe import METHODS
+from training.objectives.registry import METHODS
 
 STEADY = {name: make() for name, make in METHODS.items() if make().steady}
 STEADY["paper of one step size"] = dataclasses.replace(paper(), lookahead_lr=0.1)

@@ -30,18 +30,18 @@ from training.engine import passes as training_passes
 from training.engine.passes import Passes
 from training.engine.state import TrainState, kernels
 from training.engine.step import update
-from training.objectives.baselines.reweight import Reweight, normalised_weights
+from training.objectives.baselines.reweight import Reweight
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import paper, reference, winnow
 from training.objectives.interface import Alone, Moment
+from training.objectives.losses import normalised_weights
 from training.objectives.meta import MetaProblem, meta_gradient
+from training.objectives.registry import BASELINES, METHODS
 from training.objectives.tangents import FusedTangents, Recorded
-from training.recipe import METHODS
 
 build_problem = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["build_problem"]
 
-BASELINES = [name for name in METHODS if not name.startswith("M-") and name not in ("winnow", "reference", "paper")]
-ENGINES = ["forward", "second_order", "difference"]
+ENGINES = ["forward", "second_order"]
 OBJECTIVES = {
     "supervised": Supervised(),
     **{
@@ -118,8 +118,7 @@ def group_problem():
 def test_chunks_of_a_group_norm_network_are_the_whole_batch(name, group_problem):
     expected = train(group_problem.fresh().model, OBJECTIVES[name], group_problem.batch)
     found = train(passes(group_problem.fresh().model, chunks=2), OBJECTIVES[name], group_problem.batch)
-    # a difference is divided by its step, and rounding with it
-    assert_trained_alike(found, expected, 1e-8 if "difference" in name else 1e-12)
+    assert_trained_alike(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -313,7 +312,7 @@ def test_blocks_computed_again_are_the_network_to_rounding(name, problem):
     steps = 2 if name in OBJECTIVES else 3
     expected = train(problem.fresh().model, objective, problem.batch, steps)
     found = train(passes(problem.fresh().model, recompute=True), objective, problem.batch, steps)
-    assert_trained_alike(found, expected, 1e-8 if "difference" in name else 1e-11)
+    assert_trained_alike(found, expected, 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -543,7 +542,7 @@ def test_meta_gradient_in_bf16_judges_as_in_float32(network, engine):
     assert torch.corrcoef(weights)[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "difference" not in name])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_bf16_is_inside_the_network_only(name):
     problem = build_problem(dtype=torch.float32)
     model = passes(problem.fresh().model, chunks=2, dtype=torch.bfloat16, channels_last=True)
@@ -597,7 +596,7 @@ def test_channels_last_is_the_same_to_rounding(problem, chunks, engine):
     model, seen = passes(problem.fresh().model, chunks, channels_last=True), []
     model.stem.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], module.weight)))
     found = train(model, objective, problem.batch)
-    assert_trained_alike(found, expected, 1e-7 if engine == "difference" else 1e-10)
+    assert_trained_alike(found, expected, 1e-10)
     tensors = [x for pair in seen for x in pair] + [found[0].averaged["stem.weight"]]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
     assert not expected[0].averaged["stem.weight"].is_contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from training.engine.state import TrainState, kernels
 from training.engine.step import update
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.interface import Alone
-from training.recipe import METHODS
+from training.objectives.registry import ABLATIONS, METHODS
 
 
 def new_state(model, *, average=True, momentum=0.9, weight_decay=0.1, decayed=None, memory=None) -> TrainState:
@@ -118,10 +118,7 @@ def test_a_memory_is_trained_like_the_model_and_not_exported():
     assert not state.finite()
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["reference", "paper", "forward", "glc", "co-teaching", "m-correction", "self-learning", "incv", "mwn", "elr"],
-)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ABLATIONS])
 def test_a_saved_run_continues_bit_for_bit(problem, method):
     objective = METHODS[method]()
 

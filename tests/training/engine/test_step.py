@@ -23,18 +23,14 @@ from training.engine.batch import normalised
 from training.engine.state import TrainState, kernels
 from training.engine.step import update
 from training.objectives.interface import Alone
-from training.recipe import METHODS
+from training.objectives.registry import METHODS
 
 aten = torch.ops.aten
 
 SCRIPT = Path(__file__).parents[1] / "ranks.py"
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> dict:
-    """The script's names, in this process."""
-    return runpy.run_path(str(SCRIPT), run_name="ranks")
+RANKS = runpy.run_path(str(SCRIPT), run_name="ranks")  # the script's names, in this process
+GLOBAL = RANKS["GLOBAL"]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +61,9 @@ def both(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(ranks) -> dict:
+def alone() -> dict:
     """The same cases on one worker."""
-    return ranks["run"](0, 1)
+    return RANKS["run"](0, 1)
 
 
 def relative(left: dict, right: dict) -> float:
@@ -81,48 +77,25 @@ def in_group_order(parts: list[torch.Tensor], group: int) -> torch.Tensor:
     return torch.stack([part.reshape(-1, group) for part in parts], 1).flatten()
 
 
-BASELINES = [
-    "gce", "bootstrap-soft", "bootstrap-hard", "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction",
-    "self-learning", "incv", "mwn", "elr", "mlc", "mixmatch", "mixmatch-kl",
-]  # fmt: skip
-GLOBAL = [
-    "supervised",
-    "reweight",
-    "reference",
-    "paper",
-    "winnow",
-    "threshold",
-    "savings",
-    "second_order",
-    "second_order of paper",
-    "second_order of reweight",
-    *BASELINES,
-]
-
-
-def test_all_cases_are_compared(ranks):
-    assert list(ranks["GLOBAL"]) == GLOBAL
-
-
 @pytest.mark.parametrize(("case", "tolerance"), [*((case, 1e-10) for case in GLOBAL), ("float32", 1e-6)])
-def test_two_workers_train_as_one(case, tolerance, both, alone, ranks):
+def test_two_workers_train_as_one(case, tolerance, both, alone):
     one, two = alone[case], [worker["runs"][case] for worker in both]
     for key in ("parameters", "averaged"):
         assert all(torch.equal(two[0][key][name], two[1][key][name]) for name in two[0][key])
     assert relative(two[0]["parameters"], one["parameters"]) <= tolerance
-    if case not in ("paper", "second_order of paper"):
+    if RANKS["CASES"][case][0].average_parameters:
         assert relative(two[0]["averaged"], one["averaged"]) <= tolerance
-    for step in range(ranks["STEPS"]):
+    for step in range(RANKS["STEPS"]):
         assert (two[0]["totals"][step] + two[1]["totals"][step]) / 2 == pytest.approx(
             one["totals"][step], rel=10 * tolerance
         )
         for column, expected_B in one["said"][step].items():
-            found_B = in_group_order([worker["said"][step][column] for worker in two], ranks["GROUP"])
+            found_B = in_group_order([worker["said"][step][column] for worker in two], RANKS["GROUP"])
             assert found_B.dtype == expected_B.dtype
             torch.testing.assert_close(found_B, expected_B, rtol=100 * tolerance, atol=100 * tolerance)
 
 
-@pytest.mark.parametrize("case", [*BASELINES, "savings"])
+@pytest.mark.parametrize("case", [case for case, objective in GLOBAL.items() if objective.remembers])
 def test_memory_is_the_same_on_both_workers_and_on_one(case, both, alone):
     one, two = alone[case]["memory"], [worker["runs"][case]["memory"] for worker in both]
     assert one.keys() == two[0].keys() == two[1].keys()
@@ -225,7 +198,7 @@ TRAFFIC = {  # all-reduces of parameter size in a step, and the numbers in each 
 
 
 @pytest.mark.parametrize("case", TRAFFIC)
-def test_a_step_reduces_at_most_two_more_copies_of_the_parameters(case, both, ranks):
+def test_a_step_reduces_at_most_two_more_copies_of_the_parameters(case, both):
     large, small = TRAFFIC[case]
     assert large <= 3
     for worker in both:
@@ -234,30 +207,23 @@ def test_a_step_reduces_at_most_two_more_copies_of_the_parameters(case, both, ra
         assert sum(value.nbytes for value in parameters) < training.engine.collectives.BUCKET_BYTES
         count = sum(value.numel() for value in parameters)
         size = next(iter(parameters)).element_size()
-        assert found["traffic"]["reductions"] == ranks["STEPS"] * (large + len(small))
-        assert found["traffic"]["bytes"] == ranks["STEPS"] * size * (large * count + sum(small))
+        assert found["traffic"]["reductions"] == RANKS["STEPS"] * (large + len(small))
+        assert found["traffic"]["bytes"] == RANKS["STEPS"] * size * (large * count + sum(small))
         assert found["traffic"]["seconds"] > 0
 
 
-LOSSES = ["stopped before the step", "killed in the step", "killed in backward", "rank 0 killed", "rank 0 frozen"]
-
-
-def test_all_losses_are_told(ranks):
-    assert list(ranks["LOSSES"]) == LOSSES
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_who_is_left_names_who_is_lost(name, both, ranks):
-    how, lost, before = ranks["LOSSES"][name]
-    left, at = 1 - lost, ranks["LOST_AT"]
+@pytest.mark.parametrize("name", RANKS["LOSSES"])
+def test_who_is_left_names_who_is_lost(name, both):
+    how, lost, before = RANKS["LOSSES"][name]
+    left, at = 1 - lost, RANKS["LOST_AT"]
     whom = f"rank 1 (last seen at step {at - (before == 0)})" if lost else "rank 0, which no longer serves the others"
     found = both[left]["losses"][name]
     said = re.match(rf"rank {left} of 2 waited (\d+\.\d) s at step {at} for {re.escape(whom)}", found["error"])
     assert said, found["error"]
     assert "\n" not in found["error"]
     if how != "killed":
-        assert float(said[1]) >= ranks["TIMEOUT"] - 0.1
-    assert found["seconds"] < ranks["TIMEOUT"] + 5
+        assert float(said[1]) >= RANKS["TIMEOUT"] - 0.1
+    assert found["seconds"] < RANKS["TIMEOUT"] + 5
 
 
 class NoWaiting(TorchDispatchMode):
@@ -268,7 +234,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["winnow", "reference", "paper", "reweight", *(f"M-{n}" for n in range(1, 11))])
+@pytest.mark.parametrize("method", [name for name, make in METHODS.items() if not make().remembers])
 def test_a_step_never_waits_for_the_device(method, problem):
     objective = METHODS[method]()
     state = TrainState(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.training.tables import B, K, N, plane_batch
-from training.objectives.baselines.cleannet import CleanNetWeights
+from training.objectives.baselines.cleannet import CleanNet
 from training.objectives.baselines.self_learning import SelfLearning, prototypes
 from training.objectives.interface import Alone, Moment
 
@@ -118,7 +118,7 @@ def relevance_by_hand(memory, feature_D: np.ndarray, references: list[np.ndarray
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_cleannet_weighs_labels_by_their_relevance(warm):
-    objective, model, batch = CleanNetWeights(warm_up=0.5, references=5), Features(), plane_batch(probe=4)
+    objective, model, batch = CleanNet(warm_up=0.5, references=5), Features(), plane_batch(probe=4)
     memory = objective.memory(model, N, K)
     outcome = objective(model, batch, Moment(0.1, step=0 if warm else 6, steps=10, memory=memory), Alone())
     feature_BD, feature_MD = (model.of(x).detach().numpy() for x in (batch.weak_BCHW, batch.probe_MCHW))

@@ -28,7 +28,7 @@ from training.objectives.losses import (
     sharpen,
 )
 from training.objectives.meta import parameters_of
-from training.recipe import METHODS
+from training.objectives.registry import ABLATIONS, BASELINES, METHODS, PRESETS
 
 EXAMPLES = 40  # of the training set that the problem's batch is of
 
@@ -58,27 +58,25 @@ SWITCHED = {
     "second order": replace(reference(), engine="second_order"),
     "second order in paper": replace(paper(), engine="second_order"),
     "per replica": replace(reference(), scope="replica"),
-    "difference": replace(reference(), engine="difference"),
     "last block": replace(reference(), meta_scope="last_block"),
     "last layer": replace(reference(), meta_scope="last_layer"),
     "last layer in paper": replace(paper(), meta_scope="last_layer"),
     "last block by second order": replace(reference(), meta_scope="last_block", engine="second_order"),
-    "fewer trusted": replace(reference(), meta_probe=0.4),
-    "all savings": replace(reference(), meta_scope="last_block", meta_probe=0.4, meta_every=3),
 }
 SCOPES = {"all": "", "last_block": ("blocks.2.", "norm.", "head."), "last_layer": "head."}
-IEG = {**{name: METHODS[name]() for name in ("reference", "paper", *(f"M-{n}" for n in range(1, 11)))}, **SWITCHED}
-STAGED = (
-    "forward", "glc", "mentornet", "co-teaching", "cleannet", "m-correction", "self-learning", "incv", "mixmatch",
-)  # fmt: skip
-REMEMBERING = ("mwn", "elr", "mlc", *STAGED[:-1])
-STEPS, LATE = 10, 9  # of a run; its step in which the last stage of staged objectives is looked at, too
-LATER = {f"{name} later": METHODS[name]() for name in (*STAGED, "mwn", "elr", "mlc")}
-# In so few steps their λ_U hardly begins to grow.
-LATER |= {f"{name} later": replace(METHODS[name](), warm_up=STEPS) for name in ("mixmatch", "mixmatch-kl")}
+STEPS, LATE = 10, 9  # of a run; its step in which methods are looked at, too
+
+
+def in_so_few_steps(objective):
+    """With a warm-up that is counted in steps, and so would hardly begin, over at the end."""
+    return replace(objective, warm_up=STEPS) if isinstance(getattr(objective, "warm_up", None), int) else objective
+
+
+LATER = {f"{name} later": in_so_few_steps(make()) for name, make in METHODS.items() if name not in ABLATIONS}
 EVERY = {**{name: make() for name, make in METHODS.items()}, **SWITCHED, **LATER}
+UNPACED = {name: make() for name, make in METHODS.items() if isinstance(make(), Ieg) and not make().paced}
+IEG = {**UNPACED, **SWITCHED}  # what is written out a second time below
 MIXING = [name for name, objective in IEG.items() if objective.mixup == "on"]
-OWN_WEIGHTS = ("gce", "mentornet", "cleannet", "mwn")  # which say how far an example counts, not its share of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,31 +178,40 @@ def test_only_batch_norm_statistics_move_and_they_move_once(name, ran):
     assert it.batch_is_untouched
 
 
-@pytest.mark.parametrize("name", STAGED)
-def test_stages_differ(name, ran, problem):
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
+def test_who_has_stages_says_so(name, ran):
     first, last = ran(name), ran(f"{name} later")
     weights = [it.outcome.coefficients.weight_B.sum() for it in (first, last)]
     assert all(weights)
     gaps = [(first.gradient[key] - last.gradient[key]).norm() / first.gradient[key].norm() for key in first.gradient]
-    assert max(gaps) > 0.05
+    if EVERY[name].staged:
+        assert max(gaps) > 0.05
+    elif not EVERY[name].remembers:
+        assert not max(gaps)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
 def test_who_remembers_says_so(name, problem):
     """Memories are the same whenever they are made, and change; their parameters learn."""
-    posing = posed(name if name not in REMEMBERING else f"{name} later", problem)
+    posing = posed(f"{name} later", problem)
     memory, new = posing.moment.memory, EVERY[name].memory(problem.model, EXAMPLES, problem.batch.classes)
     again = EVERY[name].memory(problem.model, EXAMPLES, problem.batch.classes)
     torch.testing.assert_close(new.state_dict(), again.state_dict(), rtol=0, atol=0, equal_nan=True)
-    assert bool(memory.state_dict()) == (name in REMEMBERING)
-    if name in REMEMBERING and name not in ("mwn", "mlc", "co-teaching"):
-        assert not all(torch.equal(a, b) for a, b in zip(memory.buffers(), new.buffers(), strict=True))
+    assert bool(memory.state_dict()) == EVERY[name].remembers
+    if own := own_buffers(memory):
+        assert not all(torch.equal(a, b) for a, b in zip(own, own_buffers(new), strict=True))
     before = copy.deepcopy(dict(memory.named_parameters()))
     call(EVERY[name], posing)
     assert same(dict(memory.named_parameters()), before)
     gradients = [value.grad for value in memory.parameters()]
     assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
     assert sum(bool(gradient.any()) for gradient in gradients) >= 0.9 * len(gradients)
+
+
+def own_buffers(memory) -> list[torch.Tensor]:
+    """Those that an objective changes itself: not the statistics of a second network, which nothing reads."""
+    layers = [layer for layer in memory.modules() if not isinstance(layer, torch.nn.BatchNorm2d)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -223,7 +230,7 @@ def test_coefficients_are_what_they_say(name, ran, problem):
     said, batch = it.outcome.coefficients, problem.batch
     assert all(len(value) == len(batch.label_B) and not value.requires_grad for value in vars(said).values())
     assert (said.weight_B >= 0).all()
-    if name.removesuffix(" later") in OWN_WEIGHTS:
+    if EVERY[name].own_weights:
         assert (said.weight_B <= 1).all()
     else:
         assert float(said.weight_B.mean()) == pytest.approx(1, abs=2e-3) or not said.weight_B.any()
@@ -310,9 +317,7 @@ def by_the_method(ieg, problem):
         if ieg.lookahead == "momentum":
             slope = slope + moment.momentum * moment.momentum_buffers[name]
         ahead[name] = value - alpha * slope
-    of_group = len(batch.probe_label_M) // n
-    kept = [i for i in range(len(batch.probe_label_M)) if i % of_group < round(ieg.meta_probe * of_group)]
-    probe = F.cross_entropy(forward_with(model, ahead, batch.probe_MCHW[kept]), batch.probe_label_M[kept])
+    probe = F.cross_entropy(forward_with(model, ahead, batch.probe_MCHW), batch.probe_label_M)
     if ieg.probe_decay:
         decayed = [value for name, value in ahead.items() if name in moment.decayed]
         probe = probe + moment.weight_decay / 2 * sum((value**2).sum() for value in decayed)
@@ -360,7 +365,7 @@ def by_the_method(ieg, problem):
     return total, parts, weight_B, trusts_B, g_BK
 
 
-@pytest.mark.parametrize("name", [name for name in IEG if name != "difference"])
+@pytest.mark.parametrize("name", IEG)
 def test_the_method_is_what_method_md_says(name, ran, problem):
     it = ran(name)
     total, parts, weight_B, trusts_B, g_BK = by_the_method(IEG[name], problem)
@@ -389,8 +394,6 @@ def test_every_switch_changes_the_outcome(ran):
         )
         if name in alike:
             assert gap < 1e-9  # one worker alone, exact engines
-        elif name == "difference":
-            assert gap < 1e-2
         else:
             assert gap > 1e-6, name
 
@@ -426,10 +429,6 @@ def test_negative_meta_gradients_trust_and_others_do_not(problem, monkeypatch):
         ({"lambda0": -0.01}, "objective.lambda0 is -0.01"),
         ({"temperature": 0.0}, "objective.temperature is 0.0: it must be above 0"),
         ({"lookahead_lr": 0.0}, "objective.lookahead_lr is 0.0: it must be above 0, or None"),
-        ({"meta_probe": 0.0}, "objective.meta_probe is 0.0: it must be above 0 and at most 1"),
-        ({"meta_probe": 1.1}, "objective.meta_probe is 1.1"),
-        ({"meta_every": 0}, "objective.meta_every is 0: it must be 1 or more"),
-        ({"meta_every": 2, "scope": "replica"}, "objective.meta_every needs objective.scope global"),
         ({"lookahead": "l2r"}, "objective.lookahead l2r .* set objective.relabel to False"),
     ],
 )
@@ -442,33 +441,6 @@ def test_fields_at_their_ends_are_accepted(problem):
     for ends in ({"p": 0.0, "kl": 0.0, "threshold": 0.0, "lambda0": 0.0}, {"lambda0": 1.0, "label_weight": 0.0}):
         outcome, _ = call(replace(reference(), **ends), problem.fresh())
         assert torch.isfinite(outcome.total)
-
-
-def test_between_meta_steps_examples_keep_their_coefficients(problem, monkeypatch):
-    """A batch of which some were judged at step 0, one of them twice, and some never."""
-    objective, batch = replace(reference(), meta_every=2), problem.batch
-    memory = objective.memory(problem.model, EXAMPLES, batch.classes)
-    row_B = batch.row_B.clone()
-    row_B[1] = row_B[0]
-    moment = replace(problem.moment, memory=memory)
-    judged = objective(problem.model, replace(batch, row_B=row_B), moment, Alone()).coefficients
-    weight_N, trust_N = (torch.full((EXAMPLES,), value, dtype=torch.float64) for value in (1.0, 0.9))
-    weight_N[row_B], trust_N[row_B] = judged.weight_B, judged.trust_B
-    weight_N[row_B[0]], trust_N[row_B[0]] = judged.weight_B[:2].mean(), judged.trust_B[:2].mean()
-
-    never = [row for row in range(EXAMPLES) if row not in row_B]
-    row_B[6:] = torch.tensor(never[:6])
-    monkeypatch.setattr("training.objectives.ieg.meta_gradient", None)
-    outcome = objective(problem.model, replace(batch, row_B=row_B), replace(moment, step=1), Alone())
-    kept = outcome.coefficients
-    raw_B = weight_N[row_B]
-    torch.testing.assert_close(kept.weight_B, len(raw_B) * raw_B / (raw_B.sum() + 1e-5))
-    assert torch.equal(kept.trust_B, trust_N[row_B])
-    assert 0 < (kept.trust_B == 0.9).sum() < len(row_B)
-    outcome.total.backward()
-    monkeypatch.undo()
-    again = objective(problem.model, replace(batch, row_B=row_B), replace(moment, step=2), Alone()).coefficients
-    assert set(again.trust_B.tolist()) <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
@@ -502,8 +474,8 @@ def test_every_pass_is_channels_last_where_the_images_are(problem):
     images = {name: getattr(problem.batch, name).contiguous(memory_format=torch.channels_last) for name in names}
     seen = []
     problem.model.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    call(replace(reference(), meta_probe=0.4), replace(problem, batch=replace(problem.batch, **images)))
-    assert [len(image) for image in seen] == [12, 12, 4, 12, 34]
+    call(reference(), replace(problem, batch=replace(problem.batch, **images)))
+    assert [len(image) for image in seen] == [12, 12, 10, 12, 34]
     assert all(image.is_contiguous(memory_format=torch.channels_last) for image in seen)
 
 

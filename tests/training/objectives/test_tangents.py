@@ -4,6 +4,7 @@ Shapes: B images, C channels; linear layers as PyTorch has them.
 """
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_linear_layers_move_as_pytorch_says(layer, shapes, moves, known):
     with Recorded(keeps=True) as recorded:
         layer(*values)
     expected = tangents_of(layer, values, moves, mode=False)
-    with torch.no_grad(), dual_level(), FusedTangents(recorded.outputs if known else ()):
+    with torch.no_grad(), dual_level(), FusedTangents(recorded.calls if known else ()):
         inputs = [
             make_dual(value, draw(*value.shape, seed=9 + place)) if moving else value
             for place, (value, moving) in enumerate(zip(values, moves, strict=True))
@@ -108,12 +109,49 @@ def test_what_was_changed_in_place_is_computed_again():
     model, x = Twice().double(), draw(2, 3, 5, 5, seed=0)
     with Recorded(keeps=True) as recorded:
         model(x)
-    assert [output is None for output in recorded.outputs] == [True, False, False]
+    assert [call.output is None for call in recorded.calls] == [True, False, False]
     tangents = []
-    for mode in (FusedTangents(recorded.outputs), FusedTangents(), None):
+    for mode in (FusedTangents(recorded.calls), FusedTangents(), None):
         with torch.no_grad(), dual_level():
             moving = {n: make_dual(v.detach(), draw(*v.shape, seed=5)) for n, v in model.named_parameters()}
             with mode or torch.no_grad():
                 tangents.append(unpack_dual(torch.func.functional_call(model, moving, (x,))).tangent)
     for tangent in tangents[:2]:
         torch.testing.assert_close(tangent, tangents[2], rtol=1e-12, atol=1e-12)
+
+
+LAYERS = {
+    "linear (3×5, 5×5, float64)": (nn.Linear(5, 5).double(), draw(3, 5, seed=1)),
+    "linear (3×6, 5×6, float64)": (nn.Linear(6, 5).double(), draw(3, 6, seed=1)),
+    "linear (3×5, 5×5, float32)": (nn.Linear(5, 5), draw(3, 5, seed=1).float()),
+    "conv2d (3×5×1×1, 5×5×1×1, float64)": (nn.Conv2d(5, 5, 1).double(), draw(3, 5, 1, 1, seed=1)),
+}
+LINEAR, WIDE, SINGLE, CONVOLUTION = LAYERS
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "expected", "found"),
+    [
+        ([LINEAR], [CONVOLUTION], LINEAR, CONVOLUTION),
+        ([CONVOLUTION], [LINEAR], CONVOLUTION, LINEAR),
+        ([LINEAR], [WIDE], LINEAR, WIDE),
+        ([LINEAR], [SINGLE], LINEAR, SINGLE),
+        ([LINEAR, WIDE], [WIDE, LINEAR], LINEAR, WIDE),
+        ([LINEAR], [LINEAR, WIDE], "nothing", WIDE),
+        ([LINEAR, WIDE], [LINEAR], WIDE, "nothing"),
+    ],
+)
+def test_a_pass_that_calls_other_layers_is_refused(first, then, expected, found):
+    """All outputs are 3×5, so that nothing else would notice."""
+
+    def passing(names):
+        for layer, x in map(LAYERS.get, names):
+            layer(x)
+
+    with Recorded(keeps=True) as recorded:
+        passing(first)
+    message = f"forward mode called {found} where the pass that it repeats called {expected}: a network must"
+    with pytest.raises(ValueError, match=re.escape(message)), torch.no_grad(), FusedTangents(recorded.calls):
+        passing(then)
+    with torch.no_grad(), FusedTangents(recorded.calls):
+        passing(first)

@@ -19,7 +19,7 @@ from training.objectives.memory import FeatureBank, classifier, initialised, wit
 EMBEDDING, MARGIN = 128, 0.1  # numbers of an embedding; the similarity below which an image is no member of a class
 
 
-class CleanNet(nn.Module):
+class Relevance(nn.Module):
     """How relevant an image is to a class: the cosine of its embedding and the class's, made of reference features."""
 
     def __init__(self, bank: FeatureBank, dtype: torch.dtype) -> None:
@@ -50,7 +50,7 @@ def _log(feature: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CleanNetWeights(Objective):
+class CleanNet(Objective):
     """Cross-entropy, each example weighted by max(0, its relevance to the class of its label).
 
     CleanNet learns along: 1 − cos for a trusted image and its class, max(0, cos − ρ) for it and the other classes; for
@@ -74,6 +74,8 @@ class CleanNetWeights(Objective):
     """Learning rate of CleanNet over that of the model (the authors' code: 0.01)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
+    own_weights = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0, 1)
@@ -84,12 +86,12 @@ class CleanNetWeights(Objective):
         """CleanNet and its reference features."""
         features, dtype = classifier(model, classes).in_features, next(model.parameters()).dtype
         with initialised():
-            return CleanNet(FeatureBank(classes, self.references, features, dtype), dtype)
+            return Relevance(FeatureBank(classes, self.references, features, dtype), dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
         memory = moment.memory
-        assert isinstance(memory, CleanNet)
+        assert isinstance(memory, Relevance)
         logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
         with torch.no_grad():
             _, feature_MD = with_features(model, batch.probe_MCHW, batch.classes, aside=True)

@@ -36,6 +36,7 @@ class CoTeaching(Objective):
     are a larger share)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["noise_rate", "warm_up"], 0, 1)

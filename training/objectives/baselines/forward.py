@@ -49,6 +49,7 @@ class Forward(Objective):
     """Of the probability of label i over all examples, where x̄_i is (the authors' code: 97, but on CIFAR-100 100)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0, 1)

@@ -26,6 +26,7 @@ class Gce(Objective):
     """Between cross-entropy (towards 0) and the mean absolute error (1); the paper's experiments 0.7."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    own_weights = True
 
     def __post_init__(self) -> None:
         require(self, ["q"], 1e-3, 1)

@@ -57,6 +57,7 @@ class Glc(Objective):
     n/N · B/M for n trusted and N noisy ones."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0, 1)

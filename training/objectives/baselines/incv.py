@@ -94,6 +94,7 @@ class Incv(Objective):
     80 of 200 epochs)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0.01, 0.99)

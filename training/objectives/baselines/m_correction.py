@@ -89,6 +89,7 @@ class MCorrection(Objective):
     """η (the authors' commands: 1)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up"], 0, 1)

@@ -44,6 +44,8 @@ class MentorNet(Objective):
     """λ2: in the last tenth of the run v = 1 − (ℓ − ℓ_pt)/λ2, between 0 and 1."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
+    own_weights = True
 
     def __post_init__(self) -> None:
         require(self, ["percentile"], 0, 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.objectives.interface import Batch, Coefficients, Moment, Objective, Outcome, Workers, require
-from training.objectives.losses import cross_entropy, forward_aside, one_hot, split_trusted
+from training.objectives.losses import cross_entropy, forward_aside, one_hot, split_probe
 from training.objectives.memory import classifier, initialised, with_features
 from training.objectives.meta import MetaProblem, logit_slope, unit
 from training.objectives.tangents import Recorded
@@ -76,7 +76,7 @@ class MetaLabelCorrection(Objective):
             logits_BK, feature_BD = with_features(model, batch.weak_BCHW, batch.classes)
         corrected_BK = memory(feature_BD, batch.label_B)
         target_BK = corrected_BK.detach()
-        judges, taught = split_trusted(batch, 0.5)
+        judges, taught = split_probe(batch, 0.5)
         losses = [cross_entropy(target_BK, logits_BK)]
         if len(taught.probe_label_M):
             taught_RK = forward_aside(model, taught.probe_MCHW)
@@ -88,7 +88,7 @@ class MetaLabelCorrection(Objective):
             model, judges, moment, workers, logits_BK, given_BK, target_BK, lambda0=0.0, alpha=moment.lr,
             lookahead="momentum", probe_decay=False, inner_loss=loss, recorded=recorded,
         )  # fmt: skip
-        slope_BK = logit_slope("forward", problem)
+        slope_BK = logit_slope(problem)
         with torch.no_grad():
             gradient_BK = slope_BK - (logits_BK.softmax(1) * slope_BK).sum(1, keepdim=True)
         descent = (unit(gradient_BK, workers) * corrected_BK).sum(1).mean()  # as in MW-Net: a gradient, no value

@@ -44,9 +44,10 @@ class MetaWeightNet(Objective):
     rate: float = 0.03
     """Learning rate of Θ over that of the model (ours)."""
     engine: Engine = "forward"
-    """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+    """How the meta gradient is computed: exactly by forward mode, or by second order (slower, and larger)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    own_weights = True
 
     def __post_init__(self) -> None:
         require(self, ["rate"], 0)

@@ -36,6 +36,7 @@ class MixMatch(Objective):
     """k, the weight of the consistency of both views, L_KL; 0 is MixMatch itself."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters (as MixMatch does)."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["lambda_u", "kl", "warm_up"], 0)

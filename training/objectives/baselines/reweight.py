@@ -7,22 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
-from training.objectives.losses import cross_entropy, one_hot, plain_coefficients
+from training.objectives.losses import cross_entropy, normalised_weights, one_hot, plain_coefficients
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
 from training.objectives.tangents import Recorded
-
-
-def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
-    """Positive parts of `raw_B` over (their sum + 1e-5), times B: relative to 1/B of the global batch.
-
-    All-negative input gives all-zero weights (METHOD, step 4).
-    """
-    positive_B = raw_B.clamp_min(0)
-    mean = workers.mean([positive_B.mean()])[0]
-    return positive_B / (mean + 1e-5 / (len(raw_B) * workers.size))
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class Reweight(Objective):
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
     engine: Engine = "forward"
-    """How the meta gradient is computed: exactly by forward mode, by second order, or by a one-sided difference."""
+    """How the meta gradient is computed: exactly by forward mode, or by second order (slower, and larger)."""
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""

@@ -78,6 +78,7 @@ class SelfLearning(Objective):
     """p, the prototypes of a class (the paper: 8)."""
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
+    staged = True
 
     def __post_init__(self) -> None:
         require(self, ["warm_up", "alpha"], 0, 1)
