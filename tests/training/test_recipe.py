@@ -66,7 +66,7 @@ def test_presets_are_those_of_method_md():
 
 @pytest.mark.parametrize("base", [reference(), paper()])
 def test_ablations_follow_table_9(base):
-    """(L_KL, L_β, λ) of METHOD's table; the augmentation column belongs to the data set."""
+    """(L_KL, L_β, λ) of the ablations in docs/method.md; the augmentation column belongs to the data set."""
     table = {
         1: (False, "off", False),
         2: (False, "off", True),

@@ -31,9 +31,9 @@ from training.objectives.tangents import Recorded
 
 @dataclass(frozen=True)
 class Ieg(Objective):
-    """Meta-learned weights ω and label trust λ, mixup with the trusted images, and consistency.
+    """Learn weights ω and label trust λ by a meta step; mix with the trusted images; keep both views consistent.
 
-    The defaults are the `reference` preset. Steps and symbols: METHOD, "One training step".
+    The defaults are the `reference` preset. Steps and symbols: docs/method.md, "One training step".
     """
 
     p: float = 5.0
@@ -99,7 +99,7 @@ class Ieg(Objective):
         return self.lookahead_lr is not None
 
     def draws(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Mixup's partners and factors."""
+        """Return mixup's partners and factors."""
         return pool_draws(batch, fold=self.fold_beta) if self.mixup == "on" else ()
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
@@ -165,7 +165,7 @@ class Ieg(Objective):
         )
 
     def _guesses(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
-        """The mean answer to both views, before sharpening (step 3, eq. 3).
+        """Return the mean answer to both views, B×K, before sharpening (step 3, eq. 3).
 
         Paced, it is divided by the average answer over the global batch: what is said of every image alike cannot make
         a pseudo label, however confident it is, and no class can crowd out the others. A batch much smaller than K sees
@@ -179,7 +179,7 @@ class Ieg(Objective):
         return guess_BK
 
     def _coefficients(self, problem: MetaProblem) -> tuple[Tensor, Tensor]:
-        """ω* relative to 1/B, and λ* (step 4, eqs. 2 and 6)."""
+        """Return (ω* relative to 1/B, λ*), B each (step 4, eqs. 2 and 6)."""
         omega_gradient_B, lambda_gradient_B = meta_gradient(self.engine, problem)
         initial = problem.omega0 if self.weights == "step" else 0.0
         weight_B = normalised_weights(initial - omega_gradient_B, problem.workers)
@@ -189,7 +189,7 @@ class Ieg(Objective):
     def _mixup_losses(
         self, model: nn.Module, batch: Batch, label_BK: Tensor, workers: Workers
     ) -> tuple[Tensor, Tensor]:
-        """(L_β^p, L_β^u) (step 5, eq. 9)."""
+        """Return (L_β^p, L_β^u) (step 5, eq. 9)."""
         mixed = mixed_pass(model, batch, label_BK, fold=self.fold_beta, mixes=self.mixup == "on")
         logits = [mixed.probe_logits, mixed.noisy_logits]
         if self.logit_norm:
@@ -201,12 +201,12 @@ class Ieg(Objective):
 
 
 def reference() -> Ieg:
-    """What made the published numbers: the authors' code."""
+    """Return what made the published numbers: the authors' code."""
     return Ieg()
 
 
 def paper() -> Ieg:
-    """The equations as printed."""
+    """Return the equations as printed."""
     return Ieg(
         label_weight=1.0,
         lookahead_lr=None,
@@ -220,14 +220,15 @@ def paper() -> Ieg:
 
 
 def winnow() -> Ieg:
-    """Ours: the same method, made safe for any budget: pseudo labels and consistency have to earn their weight."""
+    """Return ours: the same method, made safe for any budget, as pseudo labels and consistency earn their weight."""
     return Ieg(paced=True, logit_norm=False)
 
 
 def ablation(number: int, base: Ieg) -> Ieg:
-    """M-1 … M-10 of Table 9 in METHOD's reading: rows 1–5 build the method up, 6–8 take a piece away, 9–10 do not mix.
+    """Return one of M-1 … M-10 of Table 9: 1–5 build the method up, 6–8 take a piece away, 9–10 do not mix.
 
-    The policy augmentation column (off in 1, 2, 7) and the probe size (1 a class in 10) belong to the data set.
+    Read as docs/method.md does, "Ablations". The policy augmentation column (off in 1, 2, 7) and the probe size (1 a
+    class in 10) belong to the data set.
     Raises ValueError for other numbers.
     """
     without_mixup = replace(base, mixup="off", kl=0.0)

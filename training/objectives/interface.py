@@ -2,7 +2,7 @@
 
 Shapes: B noisy examples of this worker, M its trusted ("probe") examples, K classes, images C×H×W. A batch is cut into
 `len(group_keys)` equal groups, stored one behind the other; random draws are keyed per group, so that they do not
-depend on which worker holds it (METHOD: with more than one worker).
+depend on which worker holds it (docs/method.md, "With more than one worker").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """The examples of one step that this worker holds, normalised to [−1, 1]."""
+    """Hold this worker's examples of one step, normalised to [−1, 1]."""
 
     weak_BCHW: Tensor
     strong_BCHW: Tensor
@@ -32,40 +32,40 @@ class Batch:
 
 
 class Workers(Protocol):
-    """How an objective sees the other workers: their number, and averages over them."""
+    """Show an objective the other workers: their number, and averages and rows of all."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Return how many there are."""
         ...
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor averaged over the workers, all in a few large messages; autograd goes through it."""
+        """Return each tensor averaged over the workers, all in a few large messages; autograd goes through it."""
         ...
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all workers, one behind the other, without a graph; in which order depends on their number."""
+        """Return the rows of all workers, without a graph; in which order depends on the number of workers."""
         ...
 
 
 @dataclass(frozen=True)
 class Alone:
-    """The only worker."""
+    """Be the only worker."""
 
     size: int = 1
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors themselves."""
+        """Return the tensors themselves."""
         return list(tensors)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor.detach()
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where training stands: all that an objective may know of the optimiser, of the schedule and of its own past."""
+    """Hold where training stands: all that an objective may know of optimiser, schedule and its own past."""
 
     lr: float
     momentum: float = 0.9
@@ -78,13 +78,13 @@ class Moment:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, from 0 to below 1."""
+        """Return the share of the run that is done, from 0 to below 1."""
         return self.step / self.steps
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a step decided about each noisy example, detached: a row of the ledger each."""
+    """Hold what a step decided about each noisy example, detached: a row of the ledger each."""
 
     weight_B: Tensor  # ω relative to 1/B of the global batch: 1 is an ordinary example's weight
     trust_B: Tensor  # λ: 1 where the given label is believed, 0 where the pseudo label is, or how far it is
@@ -95,7 +95,7 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step's loss, with its graph, and what is worth telling about it."""
+    """Hold a step's loss, with its graph, and what is worth knowing about it."""
 
     total: Tensor  # this worker's share: the mean over workers is the global loss
     parts: dict[str, Tensor]  # unweighted terms of the loss, detached
@@ -113,38 +113,38 @@ def require(objective: Objective, fields: Sequence[str], low: float, high: float
 
 
 class Objective(ABC):
-    """A frozen dataclass of hyperparameters with one call."""
+    """Turn a batch into a loss: a frozen dataclass of hyperparameters with one call."""
 
     average_parameters: bool  # evaluate the model with an exponential moving average of its parameters
     staged: ClassVar[bool] = False  # does other things early in a run than late, or more of them
     own_weights: ClassVar[bool] = False  # ω says how far an example counts, 0 to 1; else its share of the batch
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """What is kept from step to step beside the model, made once before step 0, alike on all workers: here nothing.
+        """Return what is kept from step to step beside the model: made once before step 0, alike on all workers.
 
-        Its parameters are trained like the model's: by the same optimiser, on the gradient of `Outcome.total`. Its
-        buffers the objective changes itself, by nothing but what all workers know. It is part of checkpoints; evaluated
-        and exported is the model alone. `examples` is N.
+        Here nothing. Its parameters are trained like the model's: by the same optimiser, on the gradient of
+        `Outcome.total`. Its buffers the objective changes itself, by nothing but what all workers know. It is part of
+        checkpoints; evaluated and exported is the model alone. `examples` is N.
         """
         return nn.Module()
 
     @property
     def remembers(self) -> bool:
-        """Whether it has a memory."""
+        """Tell whether there is a `memory`."""
         return type(self).memory is not Objective.memory
 
     @property
     def steady(self) -> bool:
-        """Whether all that changes from step to step is in tensors, so that a CUDA graph of one step is every step's.
+        """Tell whether all that changes from step to step is in tensors, so that a CUDA graph of one serves all.
 
         Not so, as here, where a step reads its number or the learning rate, or looks at numbers on the host.
         """
         return False
 
     def draws(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What a step draws on the host by the batch's keys, for `Batch.drawn`; here nothing."""
+        """Return what a step draws on the host by the batch's keys, for `Batch.drawn`; here nothing."""
         return ()
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
-        """The loss of one batch. Batch-norm statistics move once; nothing else of the model changes."""
+        """Return the loss of one batch. Batch-norm statistics move once; nothing else of the model changes."""

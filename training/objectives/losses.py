@@ -19,12 +19,12 @@ from training.objectives.interface import Batch, Coefficients, Workers
 
 
 def cross_entropy(target_BK: Tensor, logits_BK: Tensor) -> Tensor:
-    """Cross-entropy of each example with a soft target, B."""
+    """Return the cross-entropy of each example with a soft target, B."""
     return F.cross_entropy(logits_BK, target_BK, reduction="none")
 
 
 def corrected_cross_entropy(logits_BK: Tensor, transition_KK: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(−log Σ_i p_i T_iy, the share of i = y in that sum), B each, where T_ij = P(label j | class i).
+    """Return (−log Σ_i p_i T_iy, the share of i = y in that sum), B each, where T_ij = P(label j | class i).
 
     The first is cross-entropy of the noisy label ("forward" correction: Patrini et al. 2017, theorem 2), the second the
     posterior probability that the label is right.
@@ -34,27 +34,27 @@ def corrected_cross_entropy(logits_BK: Tensor, transition_KK: Tensor, label_B: T
 
 
 def kl_divergence(from_BK: Tensor, to_BK: Tensor) -> Tensor:
-    """KL(softmax(from) ‖ softmax(to)) of each example, B (eq. 4)."""
+    """Return KL(softmax(from) ‖ softmax(to)) of each example, B (eq. 4)."""
     log_from_BK, log_to_BK = F.log_softmax(from_BK, 1), F.log_softmax(to_BK, 1)
     return (log_from_BK.exp() * (log_from_BK - log_to_BK)).sum(1)
 
 
 def sharpen(probability_BK: Tensor, temperature: float) -> Tensor:
-    """Probabilities to the power 1/τ, normalised (eq. 3)."""
+    """Return probabilities to the power 1/τ, normalised (eq. 3)."""
     powered_BK = probability_BK ** (1 / temperature)
     return powered_BK / powered_BK.sum(1, keepdim=True)
 
 
 def logit_norm(passes: Sequence[Tensor], workers: Workers) -> list[Tensor]:
-    """Each pass's logits divided by their root mean square over all entries, on all workers (the authors' code)."""
+    """Divide each pass's logits by their root mean square over all entries, on all workers (the authors' code)."""
     mean_squares = workers.mean([logits.square().mean() for logits in passes])
     return [logits * torch.rsqrt(square + 1e-8) for logits, square in zip(passes, mean_squares, strict=True)]
 
 
 def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
-    """Positive parts of `raw_B` over (their sum + 1e-5), times B: relative to 1/B of the global batch.
+    """Return the positive parts of `raw_B` over (their sum + 1e-5), relative to 1/B of the global batch.
 
-    All-negative input gives all-zero weights (METHOD, step 4).
+    All-negative input gives all-zero weights (docs/method.md, "One training step", step 4).
     """
     positive_B = raw_B.clamp_min(0)
     mean = workers.mean([positive_B.mean()])[0]
@@ -62,13 +62,13 @@ def normalised_weights(raw_B: Tensor, workers: Workers) -> Tensor:
 
 
 def forward_aside(model: nn.Module, image_BCHW: Tensor) -> Tensor:
-    """Logits in the model's own mode with its batch-norm running statistics left untouched."""
+    """Return logits in the model's own mode, and leave its batch-norm running statistics as they are."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return functional_call(model, buffers, (image_BCHW,))
 
 
 class _Settled(torch.autograd.Function):
-    """A loss whose gradients are known; backward goes through it once."""
+    """Hold a loss whose gradients are known; backward goes through it once."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters_and_gradients: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ class _Settled(torch.autograd.Function):
 
 
 def settled(loss: Tensor, model: nn.Module) -> Tensor:
-    """The same loss, with the same gradients in the model's parameters, its backward pass done and its graph freed.
+    """Return the loss with its gradients in the model's parameters, its backward pass done, its graph freed.
 
     What is forwarded next then finds the memory of these activations free.
     """
@@ -93,7 +93,7 @@ def settled(loss: Tensor, model: nn.Module) -> Tensor:
 
 
 def split_probe(batch: Batch, share: float) -> tuple[Batch, Batch]:
-    """The batch with the first trusted images of each group, at least one, and with the others.
+    """Return the batch with the first trusted images of each group, at least one, and with the others.
 
     Whose they are does not depend on the number of workers.
     """
@@ -110,7 +110,7 @@ def split_probe(batch: Batch, share: float) -> tuple[Batch, Batch]:
 
 
 def one_hot(label_B: Tensor, like_BK: Tensor) -> Tensor:
-    """Labels as probabilities, B×K, of the type of `like_BK`."""
+    """Return labels as probabilities, B×K, of the type of `like_BK`."""
     # F.one_hot looks at the labels on the host.
     return like_BK.new_zeros(len(label_B), like_BK.shape[1]).scatter_(1, label_B[:, None], 1)
 
@@ -124,7 +124,7 @@ def mixing_draws(
     device: torch.device,
     alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup partners and factors of n groups of R rows: partner_nR (a permutation within each group) and beta_nR.
+    """Draw mixup for n groups of R rows: partner_nR (a permutation within each group) and beta_nR.
 
     β ~ Beta(α, α), one a pair; `fold` takes max(β, 1−β). Counter-based: only the key decides.
     """
@@ -141,14 +141,14 @@ def mixing_draws(
 
 
 def mix(x_nR: Tensor, partner_nR: Tensor, beta_nR: Tensor) -> Tensor:
-    """β·x + (1−β)·x[partner] of each row, within its group; x may have any trailing shape (eq. 9)."""
+    """Return β·x + (1−β)·x[partner] of each row, within its group; x may have any trailing shape (eq. 9)."""
     groups = torch.arange(len(x_nR), device=x_nR.device)[:, None]
     beta = beta_nR.reshape(*beta_nR.shape, *[1] * (x_nR.dim() - 2))
     return beta * x_nR + (1 - beta) * x_nR[groups, partner_nR]
 
 
 def pool_draws(batch: Batch, *, alpha: float = 0.5, fold: bool = True) -> tuple[Tensor, Tensor]:
-    """`mixing_draws` of the pools that `mixed_pass` mixes."""
+    """Return `mixing_draws` of the pools that `mixed_pass` mixes."""
     image = batch.probe_MCHW
     rows = (len(batch.probe_label_M) + 2 * len(batch.label_B)) // len(batch.group_keys)
     return mixing_draws(batch.group_keys, rows, fold=fold, dtype=image.dtype, device=image.device, alpha=alpha)
@@ -156,7 +156,7 @@ def pool_draws(batch: Batch, *, alpha: float = 0.5, fold: bool = True) -> tuple[
 
 @dataclass(frozen=True)
 class Mixed:
-    """The rows of a joint pass, by the first of each pair: trusted images, and both views of noisy ones."""
+    """Hold the rows of a joint pass, by the first of each pair: trusted images, and both views of noisy ones."""
 
     probe_logits: Tensor  # M×K
     probe_target: Tensor
@@ -167,7 +167,7 @@ class Mixed:
 def mixed_pass(
     model: nn.Module, batch: Batch, label_BK: Tensor, *, alpha: float = 0.5, fold: bool = True, mixes: bool = True
 ) -> Mixed:
-    """One pass, aside, over the pool [probe | weak | strong] of each group, each row mixed with another one (eq. 9).
+    """Pass once, aside, over the pool [probe | weak | strong] of each group, each row mixed with another (eq. 9).
 
     `label_BK` are the targets of both views of the noisy examples.
     """
@@ -197,7 +197,7 @@ def mixed_pass(
 def plain_coefficients(
     logits_BK: Tensor, label_B: Tensor, weight_B: Tensor | None = None, trust_B: Tensor | None = None
 ) -> Coefficients:
-    """The ledger rows of an objective whose pseudo label is the model's own answer; weight and trust are else 1."""
+    """Return ledger rows with the model's own answer as pseudo label; weight and trust are 1 where not given."""
     logits_BK = logits_BK.detach()
     loss_B = F.cross_entropy(logits_BK, label_B, reduction="none")
     confidence_B, pseudo_label_B = logits_BK.softmax(1).max(1)

@@ -22,7 +22,7 @@ SEED = 0  # of what is made before step 0: the network that it stands beside has
 
 
 def seen(row_B: Tensor, values: Sequence[Tensor], workers: Workers) -> tuple[Tensor, list[Tensor]]:
-    """The rows of the global batch, U, sorted and each once, and the mean of each value over a row's occurrences.
+    """Return the rows of the global batch, U, sorted and each once, and the mean of each value over a row's places.
 
     Where an epoch ends within a batch, a row can be in it twice. The result is the same on all workers, and on any
     number of them.
@@ -38,12 +38,12 @@ def seen(row_B: Tensor, values: Sequence[Tensor], workers: Workers) -> tuple[Ten
 
 
 def epoch_steps(examples: int, batch: Batch, workers: Workers) -> int:
-    """Steps in which every one of N examples has been read, but for what an epoch before it has left over."""
+    """Return the steps in which each of N examples has been read, but for what an epoch before it has left over."""
     return math.ceil(examples / (len(batch.label_B) * workers.size))
 
 
 def fresh_copy(model: nn.Module) -> nn.Module:
-    """A second network: weights shuffled within each tensor are a new draw of whatever they were drawn from."""
+    """Return a second network: weights shuffled within each tensor are a new draw of what they were drawn from."""
     other, rng = copy.deepcopy(model), torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for value in other.parameters():
@@ -54,14 +54,14 @@ def fresh_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def initialised() -> Iterator[None]:
-    """Modules made inside have the same weights wherever and whenever they are made."""
+    """Give modules made inside the same weights, wherever and whenever they are made."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         yield
 
 
 def classifier(model: nn.Module, classes: int) -> nn.Linear:
-    """The last layer of a network: features in, K logits out. Raises ValueError where there is none."""
+    """Return the last layer of a network: features in, K logits out. Raises ValueError where there is none."""
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes]
     if not linear:
         raise ValueError(
@@ -71,7 +71,7 @@ def classifier(model: nn.Module, classes: int) -> nn.Linear:
 
 
 def outer_blocks(model: nn.Module) -> list[str]:
-    """Names of a network's blocks, in order: the elements with a kernel of the outermost `nn.Sequential`s inside it."""
+    """Name a network's blocks, in order: the elements with a kernel of the outermost `nn.Sequential`s inside it."""
     found: list[str] = []
     outermost = ""
     for path, module in model.named_modules():
@@ -83,7 +83,7 @@ def outer_blocks(model: nn.Module) -> list[str]:
 
 
 def with_features(model: nn.Module, image_BCHW: Tensor, classes: int, *, aside: bool = False) -> tuple[Tensor, Tensor]:
-    """Logits, and what the classifier made them of, B×D and detached; `aside` is `losses.forward_aside`."""
+    """Return logits, and what the classifier made them of, B×D and detached; `aside` is `losses.forward_aside`."""
     collected: list[Tensor] = []  # a tensor a chunk (training/engine/passes.py)
     hook = classifier(model, classes).register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach()))
     try:
@@ -95,7 +95,7 @@ def with_features(model: nn.Module, image_BCHW: Tensor, classes: int, *, aside: 
 
 
 class FeatureBank(nn.Module):
-    """The last m features of the examples labelled as each class, in rings."""
+    """Hold the last m features of the examples labelled as each class, in rings."""
 
     feature_KmD: Tensor
     count_K: Tensor
@@ -118,6 +118,6 @@ class FeatureBank(nn.Module):
         self.count_K += member_UK.sum(0).clamp_max(kept)
 
     def filled(self) -> Tensor:
-        """Which places hold a feature, K×m."""
+        """Tell which places hold a feature, K×m."""
         kept = self.feature_KmD.shape[1]
         return torch.arange(kept, device=self.count_K.device) < self.count_K[:, None]

@@ -37,7 +37,7 @@ MetaScope = Literal["all", "last_block", "last_layer"]
 
 @dataclass(frozen=True)
 class MetaProblem:
-    """One meta step. `logits_BK` must carry the graph of the weak pass; `given_BK` and `pseudo_BK` are constants."""
+    """Hold one meta step: `logits_BK` carry the graph of the weak pass, `given_BK` and `pseudo_BK` are constants."""
 
     model: nn.Module
     batch: Batch
@@ -62,22 +62,22 @@ class MetaProblem:
 
     @property
     def omega0(self) -> float:
-        """1/B of the global batch."""
+        """Return 1/B of the global batch, or 0 for "l2r"."""
         return 0.0 if self.lookahead == "l2r" else 1 / (len(self.logits_BK) * self.workers.size)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters θ in the scope, by name."""
+        """Return the trainable parameters θ in the scope, by name."""
         held = parameters_of(self.model, self.scope, self.batch.classes)
         return {name: value for name, value in held.items() if value.requires_grad}
 
     def target(self, trust_B1: Tensor | float) -> Tensor:
-        """P(λ) = λ·y + (1−λ)·g, B×K (eq. 5)."""
+        """Return P(λ) = λ·y + (1−λ)·g, B×K (eq. 5)."""
         return trust_B1 * self.given_BK + (1 - trust_B1) * self.pseudo_BK
 
 
 def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str, Tensor]:
-    """The parameters in a scope, by name.
+    """Return the parameters in a scope, by name.
 
     "last_layer" is the last linear layer with K outputs; "last_block" the last of its `memory.outer_blocks`, and all
     that comes after it. Raises ValueError where there is none.
@@ -97,7 +97,7 @@ def parameters_of(model: nn.Module, scope: MetaScope, classes: int) -> dict[str,
 
 
 def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]:
-    """(∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, exactly: by "forward" mode, or by "second_order"."""
+    """Return (∂L^p/∂ω_B, ∂L^p/∂λ_B) at ω0, λ0, exactly: by "forward" mode, or by "second_order"."""
     if engine == "second_order":
         return _second_order(problem)
     slope_BK = logit_slope(problem)
@@ -111,7 +111,7 @@ def meta_gradient(engine: Engine, problem: MetaProblem) -> tuple[Tensor, Tensor]
 
 
 def logit_slope(problem: MetaProblem) -> Tensor:
-    """t = J_θΦ(weak)·∇L^p(θ'), B×K: how the logits would rise along the probe loss after the lookahead."""
+    """Return t = J_θΦ(weak)·∇L^p(θ'), B×K: how the logits would rise along the probe loss after the lookahead."""
     theta = problem.parameters
     if problem.scope != "all":
         return _backward_twice(problem, theta)
@@ -120,12 +120,12 @@ def logit_slope(problem: MetaProblem) -> Tensor:
 
 
 def unit(gradient: Tensor, workers: Workers) -> Tensor:
-    """A gradient over its root mean square in the global batch: plain SGD then takes steps of a size, as Adam does."""
+    """Divide a gradient by its root mean square in the global batch: SGD then takes steps of a size, as Adam does."""
     return gradient / workers.mean([gradient.square().mean()])[0].sqrt().clamp_min(1e-30)
 
 
 def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """∇_θ Σ ω·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
+    """Return ∇_θ Σ ω·CE(P, a) over the global batch; the weak pass's graph is kept for the final loss."""
     if problem.lookahead == "l2r":
         return None
     loss = problem.inner_loss
@@ -142,7 +142,7 @@ def _decayed(problem: MetaProblem, values: Mapping[str, Tensor]) -> dict[str, Te
 def _looked_ahead(
     problem: MetaProblem, theta: Mapping[str, Tensor], gradients: Sequence[Tensor] | None
 ) -> dict[str, Tensor]:
-    """θ' = θ − α(μ·m + ∇inner + weight decay), the optimiser's own next step with step size α."""
+    """Return θ' = θ − α(μ·m + ∇inner + weight decay), the optimiser's own next step with step size α."""
     if gradients is None:
         return dict(theta)
     moment = problem.moment
@@ -155,14 +155,14 @@ def _looked_ahead(
 
 
 def _add(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:
-    """values += factor·others, where there is another; in a few kernels, however many tensors."""
+    """Add factor·others to values where there is another, in place; in a few kernels, however many tensors."""
     both = [name for name in values if name in others]
     if both:
         foreach_add_([values[name] for name in both], [others[name] for name in both], alpha=factor)
 
 
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
-    """This worker's mean cross-entropy on its probe batch at θ', batch norm in train mode."""
+    """Return this worker's mean cross-entropy on its probe batch at θ', batch norm in train mode."""
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     fixed = {name: value.detach() for name, value in problem.model.named_parameters()}  # what is not in the scope
     logits_MK = functional_call(problem.model, {**fixed, **ahead, **buffers}, (problem.batch.probe_MCHW,))
@@ -170,7 +170,7 @@ def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
 
 
 def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """v = ∇_θ' L^p(θ'), averaged over the workers."""
+    """Return v = ∇_θ' L^p(θ'), averaged over the workers."""
     leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
     gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
     direction = dict(zip(leaves, problem.workers.mean(gradients), strict=True))
@@ -184,7 +184,7 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
 
 
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
-    """t = J_θΦ(weak)·v exactly, B×K, without a graph."""
+    """Return t = J_θΦ(weak)·v exactly, B×K, without a graph."""
     recorded = problem.recorded
     # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
@@ -201,7 +201,7 @@ def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: 
 
 
 def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor:
-    """t exactly, B×K, from the graph that the weak pass has left: Jᵀu is linear in u, and t = ∂⟨Jᵀu, v⟩/∂u.
+    """Return t exactly, B×K, by the graph that the weak pass has left: Jᵀu is linear in u, and t = ∂⟨Jᵀu, v⟩/∂u.
 
     Through whole networks this takes longer than forward mode, through batch norm above all (docs/log.md).
     """
@@ -218,7 +218,7 @@ def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor
 
 
 def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
-    """Backpropagation through the lookahead step: the oracle, with a graph of the gradient."""
+    """Backpropagate through the lookahead step: the oracle, with a graph of the gradient."""
     if problem.inner_loss is not None:
         raise ValueError("second_order knows no inner_loss: use engine forward")
     theta, size = problem.parameters, len(problem.logits_BK)

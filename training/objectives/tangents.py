@@ -28,7 +28,7 @@ def capturing() -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A linear layer or a convolution at work."""
+    """Hold what a linear layer or a convolution was called with, and its output where it is known."""
 
     layer: str
     input: torch.Size
@@ -42,12 +42,12 @@ class Call:
 
 
 def call(func: Callable, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Call:
-    """What is called in `func(input, weight, …)`, before its output is known."""
+    """Describe `func(input, weight, …)` before its output is known."""
     return Call(func.__name__, input.shape, weight.shape, input.dtype)
 
 
 class Recorded(TorchFunctionMode):
-    """A pass, so that forward mode can go through it again: its random state and, with `keeps`, what layers gave.
+    """Record a pass, for forward mode to repeat: its random state and, with `keeps`, what layers gave.
 
     Those are the outputs of convolutions and linear layers. Autograd holds what batch norm is given anyway; it does not
     hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
@@ -75,12 +75,12 @@ class Recorded(TorchFunctionMode):
 
     @property
     def calls(self) -> list[Call]:
-        """In their order; without the output where what came after has changed it in place."""
+        """Return the calls in order; without the output where what came after has changed it in place."""
         return [replace(call, output=out if writes(out) == before else None) for call, out, before in self._kept]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, dropout and stochastic depth draw what they drew in the pass; after it, as if nothing were drawn."""
+        """Let random layers draw inside what they drew in the pass; after it, as if nothing were drawn."""
         on_cpu, *on_gpu = self._random
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
             torch.set_rng_state(on_cpu)
@@ -90,7 +90,7 @@ class Recorded(TorchFunctionMode):
 
 
 class FusedTangents(TorchFunctionMode):
-    """Inside it, and inside `torch.autograd.forward_ad.dual_level`, layers move by the short rules below.
+    """Move layers by the short rules below, inside it and `torch.autograd.forward_ad.dual_level`.
 
     `calls` are those that `Recorded` has of the same pass with the same values: their outputs are not computed again,
     which saves a third of forward mode. Raises ValueError where other layers are called, or more or fewer of them.
@@ -142,7 +142,7 @@ def linear(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """`func(input, weight, bias, …)` of dual tensors, where it is linear in the input, and in weight and bias.
+    """Return `func(input, weight, bias, …)` of dual tensors, where it is linear in the input, and in weight and bias.
 
     Its `output` may be known already.
     """
@@ -168,7 +168,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` of dual tensors, with no graph.
+    """Return `F.batch_norm` of dual tensors, with no graph.
 
     With x̂ the normalised input, y = γ·x̂ + β has the tangent γ·∂x̂/∂x·ẋ + (γ̇·x̂ + β̇). Batch norm's Jacobian ∂x̂/∂x is
     symmetric and within a channel, so the first part is what its backward kernel makes of ẋ; the second is batch norm

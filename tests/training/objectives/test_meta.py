@@ -40,7 +40,7 @@ def meta_problem(problem, lookahead="momentum", probe_decay=True) -> MetaProblem
 
 
 def probe_loss_ahead(problem, given_BK, pseudo_BK, lookahead, probe_decay, omega_B, lambda_B) -> float:
-    """L^p(θ'(ω, λ)) from its definition (METHOD, step 4), with none of the code under test."""
+    """L^p(θ'(ω, λ)) from its definition (docs/method.md, step 4), with none of the code under test."""
     moment, batch = problem.moment, problem.batch
 
     def logits(values, image_BCHW):

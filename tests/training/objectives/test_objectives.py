@@ -1,4 +1,4 @@
-"""Every objective keeps one contract; every switch of the method is what METHOD.md says, written out a second time.
+"""Every objective keeps one contract; every switch of the method is what docs/method.md says, written out twice.
 
 Shapes: B noisy examples, M probe examples, K classes, n groups of R mixup rows.
 """
@@ -271,7 +271,7 @@ def test_total_is_the_weighted_sum_of_step_7(make, c, problem):
     assert outcome.total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-# The method a second time, from METHOD.md alone: plain formulas, double backward, no code of the objectives.
+# The method a second time, from docs/method.md alone: plain formulas, double backward, no code of the objectives.
 
 
 def norm(block):
@@ -288,7 +288,7 @@ def forward_with(model, values, image):
 
 
 def by_the_method(ieg, problem):
-    """(total, parts, ω* summing to 1, λ*, g) as METHOD's steps 2–7 say."""
+    """(total, parts, ω* summing to 1, λ*, g) as steps 2–7 of docs/method.md say."""
     model, batch, moment = problem.model, problem.batch, problem.moment
     B, n = len(batch.label_B), len(batch.group_keys)
     y_BK = F.one_hot(batch.label_B, batch.classes).double()

@@ -15,7 +15,7 @@ from training.objectives.losses import cross_entropy, one_hot, plain_coefficient
 
 @dataclass(frozen=True)
 class Bootstrap(Objective):
-    """−Σ_k (β·y_k + (1−β)·z_k) log q_k: z is the prediction q itself (soft), or its most likely class (hard).
+    """Minimise −Σ_k (β·y_k + (1−β)·z_k) log q_k: z is the prediction q (soft), or its most likely class (hard).
 
     The gradient goes through a soft z as well: so it pulls towards sure predictions.
     """
@@ -46,10 +46,10 @@ class Bootstrap(Objective):
 
 
 def soft() -> Bootstrap:
-    """Soft bootstrapping, β as in the paper."""
+    """Return soft bootstrapping, β as in the paper."""
     return Bootstrap(hard=False, beta=0.95)
 
 
 def hard() -> Bootstrap:
-    """Hard bootstrapping, β as in the paper."""
+    """Return hard bootstrapping, β as in the paper."""
     return Bootstrap(hard=True, beta=0.8)

@@ -20,7 +20,7 @@ EMBEDDING, MARGIN = 128, 0.1  # numbers of an embedding; the similarity below wh
 
 
 class Relevance(nn.Module):
-    """How relevant an image is to a class: the cosine of its embedding and the class's, made of reference features."""
+    """Tell how relevant an image is to a class: the cosine of its embedding and the class's, of reference features."""
 
     def __init__(self, bank: FeatureBank, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Relevance(nn.Module):
         self.context, self.of_class = nn.Linear(256, 1, bias=False, dtype=dtype), layers(256, EMBEDDING)
 
     def forward(self, feature_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """(Cosine of each image and each class, B×K; squared error of the features decoded from an embedding, B)."""
+        """Return (cosine of each image and each class, B×K; squared error of features decoded from an embedding, B)."""
         v_BD, reference_KmD = _log(feature_BD), _log(self.bank.feature_KmD)
         embedding_BE = self.query(v_BD)
         hidden_KmH = self.reference(reference_KmD)
@@ -51,7 +51,7 @@ def _log(feature: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CleanNet(Objective):
-    """Cross-entropy, each example weighted by max(0, its relevance to the class of its label).
+    """Minimise cross-entropy, each example weighted by max(0, its relevance to the class of its label).
 
     CleanNet learns along: 1 − cos for a trusted image and its class, max(0, cos − ρ) for it and the other classes; for
     a noisy image and its label, at weight γ, the first of these where cos ≥ ρ; and a reconstruction, at weight β. The
@@ -83,7 +83,7 @@ class CleanNet(Objective):
         require(self, ["negative", "reconstruction", "unverified", "rate"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """CleanNet and its reference features."""
+        """Return CleanNet and its reference features."""
         features, dtype = classifier(model, classes).in_features, next(model.parameters()).dtype
         with initialised():
             return Relevance(FeatureBank(classes, self.references, features, dtype), dtype)

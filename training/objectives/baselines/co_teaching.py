@@ -17,13 +17,13 @@ from training.objectives.memory import fresh_copy
 
 
 def smallest(loss_B: Tensor, count: int, workers: Workers) -> Tensor:
-    """Which examples are among the `count` of the global batch with the smallest losses, B; or tie with the last."""
+    """Tell which examples are among the `count` smallest losses of the global batch, or tie with the last, B."""
     return loss_B <= workers.gather(loss_B).sort().values[count - 1]
 
 
 @dataclass(frozen=True)
 class CoTeaching(Objective):
-    """Each of two networks learns from the share R(t) of the batch on which the other has the smallest losses.
+    """Train each of two networks on the share R(t) of the batch on which the other has the smallest losses.
 
     R(t) = 1 − τ·min(t/T_k, 1) (algorithm 1). f is the model, g a second network in the objective's memory; the paper
     reports f and g alike, here f is evaluated. The ledger's weight is that of f: 1/R(t), or 0 for what g leaves out.
@@ -42,7 +42,7 @@ class CoTeaching(Objective):
         require(self, ["noise_rate", "warm_up"], 0, 1)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """g, with weights of its own."""
+        """Return g, with weights of its own."""
         return fresh_copy(model)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

@@ -18,7 +18,7 @@ EDGE = 1e-4  # predictions are kept this far from 0 and 1 (the authors' code)
 
 
 class Averages(nn.Module):
-    """t: of each training example, the average of past predictions. N·K numbers on every worker."""
+    """Hold t: of each training example the average of past predictions; N·K numbers on every worker."""
 
     average_NK: Tensor
 
@@ -29,7 +29,7 @@ class Averages(nn.Module):
 
 @dataclass(frozen=True)
 class Elr(Objective):
-    """Cross-entropy + λ·mean log(1 − ⟨p, t⟩), with t ← β·t + (1−β)·p before it.
+    """Minimise cross-entropy + λ·mean log(1 − ⟨p, t⟩), with t ← β·t + (1−β)·p before it.
 
     Temporal ensembling alone; not ELR+, which adds a second network, weight averaging and mixup. The ledger's pseudo
     label is that of t.
@@ -47,7 +47,7 @@ class Elr(Objective):
         require(self, ["strength"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """t."""
+        """Return t."""
         return Averages(examples, classes, next(model.parameters()).dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

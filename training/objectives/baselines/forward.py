@@ -18,7 +18,7 @@ from training.objectives.memory import seen
 
 
 class Transition(nn.Module):
-    """What the network predicted for every example, and T̂ from it. N·K numbers on every worker."""
+    """Hold what the network predicted for every example, and T̂ from it; N·K numbers on every worker."""
 
     prediction_NK: Tensor
     transition_KK: Tensor
@@ -29,14 +29,14 @@ class Transition(nn.Module):
         self.register_buffer("transition_KK", torch.eye(classes, dtype=dtype))
 
     def estimate(self, percentile: float) -> None:
-        """T̂_ij = p(label j | x̄_i), x̄_i the example at a percentile of p(label i), 100 the likeliest (eqs. 12, 13)."""
+        """Set T̂_ij = p(label j | x̄_i), x̄_i the example at a percentile of p(label i), 100 the likeliest (eq. 12 f.)."""
         rank = max(math.ceil(percentile / 100 * len(self.prediction_NK)), 1)
         self.transition_KK.copy_(self.prediction_NK[self.prediction_NK.kthvalue(rank, dim=0).indices])
 
 
 @dataclass(frozen=True)
 class Forward(Objective):
-    """Cross-entropy, T̂ from the network's own predictions, then −log (T̂ᵀp)_y (theorem 2).
+    """Minimise cross-entropy, estimate T̂ by the network's own predictions, then minimise −log (T̂ᵀp)_y (theorem 2).
 
     The paper trains a second network, as long as the first, and predicts with a network at rest; here the one network
     goes on, and predictions are those of the last epoch of the warm-up, which should end where a cycle does, at a rate
@@ -56,7 +56,7 @@ class Forward(Objective):
         require(self, ["percentile"], 0, 100)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """T̂."""
+        """Return T̂."""
         return Transition(examples, classes, next(model.parameters()).dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

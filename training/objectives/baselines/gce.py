@@ -17,7 +17,7 @@ from training.objectives.losses import plain_coefficients
 
 @dataclass(frozen=True)
 class Gce(Objective):
-    """L_q = (1 − p_y^q)/q: its gradient is cross-entropy's times p_y^q, which the ledger holds as the weight.
+    """Minimise L_q = (1 − p_y^q)/q: its gradient is cross-entropy's times p_y^q, the ledger's weight.
 
     Not the paper's truncated L_q, which also prunes examples from a third of the training on.
     """

@@ -17,7 +17,7 @@ from training.objectives.memory import epoch_steps
 
 
 class Confusion(nn.Module):
-    """Ĉ_ij, the mean of p(label j | x) over the trusted images of class i."""
+    """Hold Ĉ_ij, the mean of p(label j | x) over the trusted images of class i."""
 
     sum_KK: Tensor
     count_K: Tensor
@@ -36,14 +36,16 @@ class Confusion(nn.Module):
         self.count_K += workers.size * count_K
 
     def estimate(self) -> Tensor:
-        """Ĉ, K×K; a class that was not seen keeps its labels."""
+        """Return Ĉ, K×K; a class that was not seen keeps its labels."""
         seen_K1 = self.count_K[:, None] > 0
         return torch.where(seen_K1, self.sum_KK / self.count_K[:, None], torch.eye(len(self.count_K)).to(self.sum_KK))
 
 
 @dataclass(frozen=True)
 class Glc(Objective):
-    """Cross-entropy with noisy labels, Ĉ, then −log (Ĉᵀp)_y on noisy and cross-entropy on trusted images (algorithm 1).
+    """Minimise cross-entropy with noisy labels, then, by Ĉ, −log (Ĉᵀp)_y, with cross-entropy on trusted images.
+
+    Algorithm 1.
 
     The paper trains a second network, as long as the first, on the union of both sets, and predicts with a network at
     rest; here the one network goes on, and predictions are those of the last epoch of the warm-up, which should end at
@@ -64,7 +66,7 @@ class Glc(Objective):
         require(self, ["trusted_weight"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """Ĉ."""
+        """Return Ĉ."""
         return Confusion(examples, classes, next(model.parameters()).dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

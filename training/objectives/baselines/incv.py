@@ -21,7 +21,7 @@ REMOVED = 2.0  # the most examples that are removed for one that is selected (th
 
 
 class Selection(nn.Module):
-    """The second network g, which half each example belongs to, and what cross-validation has made of it so far."""
+    """Hold the second network g, each example's half, and what cross-validation has made of it so far."""
 
     second_N: Tensor  # whether f's training leaves it out, and g's has it
     selected_N: Tensor
@@ -63,9 +63,9 @@ class Selection(nn.Module):
 
 
 def noise_rate(agreement: Tensor, classes: int) -> Tensor:
-    """ε of symmetric noise by (1−ε)² + ε²/(K−1) = the share of predictions that agree with labels, at most 1 − 1/K.
+    """Return ε of symmetric noise, by (1−ε)² + ε²/(K−1) = the share of predictions that agree with labels.
 
-    With K = 2, ε of noise by which each class is mistaken for one other.
+    At most 1 − 1/K. With K = 2, ε of noise by which each class is mistaken for one other.
     """
     worst = 1 - 1 / classes
     return worst * (1 - (1 - (1 - agreement) / worst).clamp_min(0).sqrt())
@@ -73,12 +73,13 @@ def noise_rate(agreement: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Incv(Objective):
-    """Cross-validation selects examples, round by round; then two networks teach each other on them (algorithms 2, 3).
+    """Select examples by cross-validation, round by round; then let two networks teach each other on them.
 
-    In a round f learns from the selected S and one half of the candidates C, g from S and the other half; what the
-    network that left an example out predicts as labelled joins S, the largest losses leave C. Then co-teaching on S,
-    and later on as many examples of S and C together. Networks go on from round to round, where the paper starts anew,
-    so halves are drawn once; the last prediction in a round judges. Of a batch only what the stage uses counts.
+    Algorithms 2 and 3. In a round f learns from the selected S and one half of the candidates C, g from S and the other
+    half; what the network that left an example out predicts as labelled joins S, the largest losses leave C. Then
+    co-teaching on S, and later on as many examples of S and C together. Networks go on from round to round, where the
+    paper starts anew, so halves are drawn once; the last prediction in a round judges. Of a batch only what the stage
+    uses counts.
     """
 
     warm_up: float = 0.5
@@ -102,7 +103,7 @@ class Incv(Objective):
         require(self, ["pace", "selected_only"], 0, 1)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """g, and what became of every example."""
+        """Return g, and what became of every example."""
         return Selection(model, examples)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
@@ -152,5 +153,5 @@ class Incv(Objective):
 
 
 def equal_weights(used_B: Tensor, workers: Workers) -> Tensor:
-    """Equal weights for what is used (1, the rest 0), relative to 1/B of the global batch; none for nothing."""
+    """Return equal weights for what is used (1, the rest 0), relative to 1/B of the global batch; all 0 for none."""
     return used_B / workers.mean([used_B.mean()])[0].clamp_min(1e-12)

@@ -20,7 +20,7 @@ EDGE = 1e-3  # losses, scaled to 0…1, are kept this far from both ends
 
 
 class BetaMixture(nn.Module):
-    """Two beta distributions of the losses, scaled to 0…1: of right labels, then of wrong ones (§3.1)."""
+    """Hold two beta distributions of the losses, scaled to 0…1: of right labels, then of wrong ones (§3.1)."""
 
     loss_N: Tensor
     range_2: Tensor
@@ -58,7 +58,7 @@ class BetaMixture(nn.Module):
         self.peak.copy_(grid[self._posterior(grid)[:, 1].argmax()])
 
     def wrong(self, loss_B: Tensor) -> Tensor:
-        """P(wrong label | loss) of each example, B; where it would fall with growing loss, it stays (authors' code)."""
+        """Return P(wrong label | loss), B; where it would fall with growing loss, it stays (the authors' code)."""
         return self._posterior(self._scaled(loss_B.double()).minimum(self.peak))[:, 1].to(loss_B)
 
     def _scaled(self, loss_B: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ class BetaMixture(nn.Module):
 
 @dataclass(frozen=True)
 class MCorrection(Objective):
-    """Mixup, later of targets (1−w)·y + w·z: w = P(wrong | loss) from the mixture, z the likeliest class (§3.2, §3.3).
+    """Mix examples up, later with targets (1−w)·y + w·z: w = P(wrong | loss) by the mixture, z the likeliest class.
+
+    §3.2 and §3.3.
 
     From then on with η·Σ_c 1/K·log(1/(K·h̄_c)), h̄ the mean prediction, against one class for all. The mixture is fitted
     once an epoch to the losses seen in training, where the paper predicts for the whole set with a network at rest;
@@ -97,7 +99,7 @@ class MCorrection(Objective):
         require(self, ["regularisation"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """The mixture, and the last loss of each example."""
+        """Return the mixture, with the last loss of each example."""
         return BetaMixture(examples)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:

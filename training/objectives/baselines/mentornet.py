@@ -21,7 +21,7 @@ DROPPED_EARLY, DROPPED = 0.5, 0.05  # share of examples left out at random, befo
 
 
 class Percentile(nn.Module):
-    """The moving average of the percentile of a batch's losses."""
+    """Hold the moving average of the percentile of a batch's losses."""
 
     average: Tensor
 
@@ -32,7 +32,7 @@ class Percentile(nn.Module):
 
 @dataclass(frozen=True)
 class MentorNet(Objective):
-    """Mean of v_i·ℓ_i, by the predefined curriculum: all; then losses below ℓ_pt; at the end linear in ℓ − ℓ_pt.
+    """Minimise mean v_i·ℓ_i by the predefined curriculum: all, then losses below ℓ_pt, then linear in ℓ − ℓ_pt.
 
     The closed form that MentorNet PD is a network trained to imitate, instead of that network. MentorNet DD, learned
     from other data with known noise, is not here. ℓ_pt is the moving average of the batch's p-percentile.
@@ -52,7 +52,7 @@ class MentorNet(Objective):
         require(self, ["softness"], 1e-6)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """ℓ_pt."""
+        """Return ℓ_pt."""
         return Percentile(next(model.parameters()).dtype)
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
@@ -81,7 +81,7 @@ class MentorNet(Objective):
 
 
 def kept(batch: Batch, dropped: float) -> Tensor:
-    """Which examples a random draw leaves in, B; the share `dropped` is left out on average."""
+    """Tell which examples a random draw leaves in, B; the share `dropped` is left out on average."""
     rows = len(batch.label_B) // len(batch.group_keys)
     draws = [np.random.Generator(np.random.Philox(key=key)).random(rows) for key in batch.group_keys]
     return torch.from_numpy(np.concatenate(draws) >= dropped)

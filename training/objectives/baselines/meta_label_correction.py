@@ -21,7 +21,7 @@ EMBEDDING, HIDDEN = 64, 128
 
 
 class LabelCorrection(nn.Module):
-    """g(h, y; α): a noisy label and the image's features in, a distribution over the classes out."""
+    """Compute g(h, y; α): a noisy label and the image's features in, a distribution over the classes out."""
 
     def __init__(self, features: int, classes: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class LabelCorrection(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, feature_BD: Tensor, label_B: Tensor) -> Tensor:
-        """Corrected labels, B×K."""
+        """Return corrected labels, B×K."""
         return self.layers(torch.cat([feature_BD, self.embedding(label_B)], 1)).softmax(1)
 
 
 @dataclass(frozen=True)
 class MetaLabelCorrection(Objective):
-    """Cross-entropy with labels that a second network corrects; it descends the trusted loss after one lookahead step.
+    """Minimise cross-entropy with labels of a second network, which descends the trusted loss after a lookahead.
 
     θ' is affine in the corrected labels P, so that with t = J_θΦ·∇L^p(θ') ∂L^p/∂P_ik ∝ α·(t_ik − q_i·t_i): no
     second-order graph, and no approximation of the Hessian, which the paper makes for more than one step. As in the
@@ -64,7 +64,7 @@ class MetaLabelCorrection(Objective):
         require(self, ["rate"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """g."""
+        """Return g."""
         with initialised():
             return LabelCorrection(classifier(model, classes).in_features, classes, next(model.parameters()).dtype)
 

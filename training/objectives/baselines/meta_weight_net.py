@@ -21,20 +21,20 @@ HIDDEN = 100
 
 
 class WeightNet(nn.Module):
-    """V(ℓ; Θ): a loss in, a weight between 0 and 1 out, by one hidden layer."""
+    """Compute V(ℓ; Θ): a loss in, a weight between 0 and 1 out, by one hidden layer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.hidden, self.output = nn.Linear(1, HIDDEN, dtype=dtype), nn.Linear(HIDDEN, 1, dtype=dtype)
 
     def forward(self, loss_B: Tensor) -> Tensor:
-        """Weights, B."""
+        """Return weights, B."""
         return self.output(F.relu(self.hidden(loss_B[:, None]))).sigmoid()[:, 0]
 
 
 @dataclass(frozen=True)
 class MetaWeightNet(Objective):
-    """Mean of V(ℓ_i; Θ)·ℓ_i, while Θ descends the trusted loss after one lookahead step θ − α·∇mean V(ℓ_i; Θ)·ℓ_i.
+    """Minimise mean V(ℓ_i; Θ)·ℓ_i, while Θ descends the trusted loss after a step θ − α·∇mean V(ℓ_i; Θ)·ℓ_i.
 
     ∂L^p/∂Θ = mean_i ∂L^p/∂ω_i·∂V(ℓ_i)/∂Θ, with ∂L^p/∂ω from `meta_gradient`: no second-order graph. θ and Θ step
     together, so θ is weighted by the Θ before this step, not after it. Θ is trained by the run's own SGD, for which
@@ -53,7 +53,7 @@ class MetaWeightNet(Objective):
         require(self, ["rate"], 0)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """V."""
+        """Return V."""
         with initialised():
             return WeightNet(next(model.parameters()).dtype)
 

@@ -17,7 +17,7 @@ from training.objectives.losses import cross_entropy, forward_aside, kl_divergen
 
 @dataclass(frozen=True)
 class MixMatch(Objective):
-    """Trusted images are the labelled set, noisy ones the unlabelled set: their labels are not read (§5.4, Table 8).
+    """Learn from trusted images as the labelled set, and from noisy ones without their labels (§5.4, Table 8).
 
     L = L_X + λ_U·L_U (+ k·L_KL). The two augmentations of an unlabelled image are its weak and strong views, where
     MixMatch has two weak ones; rows mix within groups. L_KL is §4.2's, without gradient into the weak view as in the
@@ -70,5 +70,5 @@ class MixMatch(Objective):
 
 
 def mixmatch_kl() -> MixMatch:
-    """MixMatch with the consistency loss, at the weight that the full method gives it on CIFAR."""
+    """Return MixMatch with the consistency loss, at the weight that the full method gives it on CIFAR."""
     return MixMatch(kl=20.0)

@@ -17,7 +17,7 @@ from training.objectives.tangents import Recorded
 
 @dataclass(frozen=True)
 class Reweight(Objective):
-    """Σ ω*·CE(y, a), with ω* from the meta gradient at ω0 = 0: no lookahead step, no momentum, no pseudo labels."""
+    """Minimise Σ ω*·CE(y, a), ω* from the meta gradient at ω0 = 0: no lookahead, momentum or pseudo labels."""
 
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""

@@ -22,7 +22,7 @@ APART = 0.95  # a prototype is less similar than this to every denser feature (t
 
 
 def prototypes(feature_mD: Tensor, count: int) -> Tensor:
-    """The `count` densest of the features that are not too similar to denser ones, p×D, of unit length."""
+    """Return the `count` densest features that are not too similar to denser ones, p×D, of unit length."""
     unit_mD = F.normalize(feature_mD)
     similarity_mm = unit_mD @ unit_mD.T
     near = similarity_mm.flatten().sort().values[-int(NEAR * similarity_mm.numel()) - 1]
@@ -35,7 +35,7 @@ def prototypes(feature_mD: Tensor, count: int) -> Tensor:
 
 
 class Prototypes(nn.Module):
-    """The last features of every class, and the mean of its prototypes, chosen of them once an epoch."""
+    """Hold the last features of every class, and the mean of its prototypes, chosen of them once an epoch."""
 
     mean_KD: Tensor
 
@@ -51,7 +51,7 @@ class Prototypes(nn.Module):
                 mean_D.copy_(prototypes(feature_mD[filled_m], count).mean(0))
 
     def corrected(self, feature_BD: Tensor) -> Tensor:
-        """Labels ŷ, B: the class to whose prototypes a feature is most similar on average.
+        """Return labels ŷ, B: the class to whose prototypes a feature is most similar on average.
 
         Features and prototypes have unit length, so the average of the cosines is one product with the mean.
         """
@@ -61,7 +61,7 @@ class Prototypes(nn.Module):
 
 @dataclass(frozen=True)
 class SelfLearning(Objective):
-    """(1−α)·CE(y) + α·CE(ŷ), where ŷ is the class whose prototypes are most similar to the image's features.
+    """Minimise (1−α)·CE(y) + α·CE(ŷ), where ŷ is the class whose prototypes are most similar to the image's features.
 
     Prototypes are chosen once an epoch of the features seen in training, where the paper draws m images a class and
     runs a network at rest over them; and ŷ is found anew for each view, instead of once an epoch. The ledger's pseudo
@@ -85,7 +85,7 @@ class SelfLearning(Objective):
         require(self, ["samples", "count"], 1)
 
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
-        """Features and prototypes."""
+        """Return features and prototypes."""
         features, dtype = classifier(model, classes).in_features, next(model.parameters()).dtype
         kept = min(self.samples, max(examples // classes, 1))  # with equal classes each image once
         return Prototypes(examples, FeatureBank(classes, kept, features, dtype))

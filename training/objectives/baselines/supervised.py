@@ -16,7 +16,7 @@ from training.objectives.losses import plain_coefficients
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """Cross-entropy with the given labels on the weak views; trusted examples are not used."""
+    """Minimise cross-entropy with the given labels on the weak views; trusted examples are not used."""
 
     average_parameters: bool = True
     """Evaluate an exponential moving average of the parameters, so that methods are compared alike."""
