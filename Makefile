@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint install constraints clean
+.PHONY: demo test lint docs install constraints clean
 
 demo: install            ## train on digits with 80 % label noise: cross-entropy, then the full method
 	rm -rf runs/digits runs/digits-supervised
@@ -17,6 +17,9 @@ lint: install            ## style, import borders, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install            ## the documentation site, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 install: $(READY)
 

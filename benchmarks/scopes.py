@@ -2,7 +2,7 @@
 
     python -m benchmarks.scopes --data ../shared/data --seeds 0 1 2 --out benchmarks/results/scopes.json
 
-The five noises of the README's table at its small scale (`benchmarks.tables`), `winnow`, in one process without Ray,
+The five noises of the small scale (`benchmarks.tables`; docs/results.md), `winnow`, in one process without Ray,
 half a minute a run. `accuracy` is of one run for each scope. `judgement` is of the run with the exact scope: at every
 8th step from the 20th on each scope is asked for its ω* and λ* of the same batch and state. `weight_auroc` is how well
 ω* tells right labels from wrong ones (0.5: not at all), `trust_right` and `trust_wrong` the mean λ* of either.

@@ -3,7 +3,7 @@
     python -m benchmarks.tables --list
     python -m benchmarks.tables T1:cifar10:uniform:0.8:rn29 --data /data/cifar --seeds 3
     python -m benchmarks.tables 'A:*' --scale small --data ../shared/data --seeds 2        an hour or two on 2 cores
-    python -m benchmarks.tables --markdown                                                 the README's table
+    python -m benchmarks.tables --markdown                                                 the table of docs/results.md
 
 A run killed goes on when the command is given again; what is in the results already is not run again, but for
 `--again`. `--scale small`: CIFAR-10 at 16 px, 2,000 training images, WRN-10-1 (0.08 M parameters), B = M = 50, 400
@@ -80,7 +80,7 @@ class Settings:
     list: bool = False
     """Show every cell with its published figure and ours."""
     markdown: bool = False
-    """Print the README's table of the small scale."""
+    """Print the table of the small scale in docs/results.md."""
 
 
 @dataclass(frozen=True)
