@@ -24,6 +24,7 @@ html_css_files = ["winnow.css"]
 html_copy_source = False
 highlight_language = "none"  # most blocks are commands with explanations beside them
 add_module_names = False
+smartquotes = False  # θ' is no quotation
 
 myst_heading_anchors = 3
 suppress_warnings = [
