@@ -1,6 +1,6 @@
 """The documentation site: these pages, and a reference of all modules by static analysis, which imports none of them.
 
-    make docs        into build/docs; a warning is an error
+`make docs` builds it into build/docs; a warning is an error.
 """
 
 from __future__ import annotations
