@@ -32,10 +32,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline import storage
 from pipeline.dataset import InputError
 from training.engine import networks
+from training.engine.optimiser import Sgd
 from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.interface import Alone, Batch, Coefficients
@@ -82,8 +84,8 @@ def cost(work: Work, folder: str) -> Row:
     held = [{name: row_B[:GROUP].numpy() for name in ("id", "epoch", "label")} for _ in range(groups)]
 
     objective, model = METHODS[work.method](), networks.build(NETWORK, 3, work.classes, seed=0)
-    everything = frozenset(name for name, _ in model.named_parameters())
-    state = TrainState(model, momentum=0.9, weight_decay=5e-4, decayed=everything, average=objective.average_parameters)
+    optimiser = Sgd(model, nn.Module(), momentum=0.9, weight_decay=5e-4)
+    state = TrainState(model, optimiser, average=objective.average_parameters)
     rows = Ledger(folder, rank=0)
     steps, adds, flushes = [], [], []
     for step in range(CHECKPOINTS * work.steps):

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.engine.networks import build
+from training.engine.optimiser import SgdDescent
 from training.objectives.interface import Alone, Batch, Moment
 from training.objectives.losses import sharpen
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
@@ -59,7 +60,7 @@ def prepare(network: str, size: int, batch: int, device: torch.device) -> Settin
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             buffers[name].mul_(0.9).add_(gradient)
             parameters[name].data.sub_(0.05 * buffers[name])
-    moment = Moment(0.1, 0.9, 5e-4, decayed=frozenset(buffers), momentum_buffers=buffers)
+    moment = Moment(0.1, SgdDescent(0.9, 5e-4, frozenset(buffers), buffers))
     row_B = torch.arange(batch, device=device)
     return model, Batch(weak_BCHW, weak_BCHW, label_B, row_B, probe_MCHW, probe_label_M, (0,), CLASSES), moment
 
@@ -68,8 +69,7 @@ def cast(setting: Setting, dtype: torch.dtype) -> Setting:
     """A copy in another precision."""
     model, batch, moment = setting
     images = {name: getattr(batch, name).to(dtype) for name in ("weak_BCHW", "strong_BCHW", "probe_MCHW")}
-    buffers = {name: value.to(dtype) for name, value in moment.momentum_buffers.items()}
-    return deepcopy(model).to(dtype), replace(batch, **images), replace(moment, momentum_buffers=buffers)
+    return deepcopy(model).to(dtype), replace(batch, **images), replace(moment, descent=moment.descent.to(dtype))
 
 
 def vanilla(setting: Setting) -> None:

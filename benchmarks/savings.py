@@ -153,10 +153,9 @@ def looks(recipe: Recipe, dataset: Dataset, at: tuple[int, ...]) -> Iterator[Fid
 def in_float64(objective: Ieg, state: TrainState, batch: Batch, moment: Moment) -> Coefficients:
     """The exact coefficients without rounding."""
     images = {name: getattr(batch, name).double() for name in ("weak_BCHW", "strong_BCHW", "probe_MCHW")}
-    buffers = {name: value.double() for name, value in moment.momentum_buffers.items()}
     model = copy.deepcopy(state.model).double()
-    told = replace(moment, momentum_buffers=buffers)
-    return objective(model, replace(batch, **images), told, Alone()).coefficients
+    moment = replace(moment, descent=moment.descent.to(torch.float64))
+    return objective(model, replace(batch, **images), moment, Alone()).coefficients
 
 
 def distance(found: Coefficients, exact: Coefficients) -> tuple[float, float, float]:

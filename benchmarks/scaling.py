@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 
 from pipeline.dataset import Examples
 from pipeline.plan import Plan, Purpose, key
@@ -42,6 +43,7 @@ from pipeline.views import CifarViews
 from training.engine import networks
 from training.engine.batch import normalised
 from training.engine.collectives import Processes, buckets
+from training.engine.optimiser import Sgd
 from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.ieg import reference
@@ -118,8 +120,8 @@ def train(work: Work, rank: int, workers: Workers) -> tuple[list[Row], dict[str,
     group, steps = work.batch // work.groups, work.warm_ups + work.steps
     plan = Plan(examples.row_groups, 0, work.batch, group, group, start=0, stop=steps, chunk=1)
     model = networks.build(work.network, 3, CLASSES, seed=0)
-    everything = frozenset(name for name, _ in model.named_parameters())
-    state = TrainState(model, momentum=0.9, weight_decay=5e-4, decayed=everything, average=True)
+    optimiser = Sgd(model, nn.Module(), momentum=0.9, weight_decay=5e-4)
+    state = TrainState(model, optimiser, average=True)
     rows = []
     for step in range(steps):
         before = {**vars(workers.traffic)} if isinstance(workers, Processes) else {}

@@ -34,7 +34,8 @@ import torch
 
 from benchmarks.meta_gradient import CLASSES, Row, elapsed, peak_memory, prepare
 from training.engine.graph import WARM_UPS, StepGraph
-from training.engine.passes import Passes
+from training.engine.optimiser import Sgd
+from training.engine.passes.network import Passes
 from training.engine.state import TrainState
 from training.engine.step import Differentiate, differentiate, update
 from training.objectives.baselines.supervised import Supervised
@@ -91,19 +92,14 @@ def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: O
         model = Passes(model, dtype=precision, channels_last=on_gpu or dtype == "bf16", **{"chunks": 1, **how})
     elif on_gpu:
         model.to(memory_format=torch.channels_last)
-    return TrainState(
-        model,
-        momentum=0.9,
-        weight_decay=5e-4,
-        decayed=frozenset(dict(model.named_parameters())),
-        average=objective.average_parameters,
-        memory=objective.memory(model, batch, CLASSES).to(next(model.parameters()).device),
-    )
+    memory = objective.memory(model, batch, CLASSES).to(next(model.parameters()).device)
+    optimiser = Sgd(model, memory, momentum=0.9, weight_decay=5e-4)
+    return TrainState(model, optimiser, average=objective.average_parameters, memory=memory)
 
 
 def _step(state: TrainState, objective: Objective, batch: Batch, by: Differentiate) -> None:
     update(state, objective, batch, lr=0.01, workers=Alone(), by=by)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimiser.zero_grad()
 
 
 def measure(

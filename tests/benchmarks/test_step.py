@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import step
-from training.engine import passes
+from training.engine.passes import compiled
 
 ON_CPU = [name for name in step.HOW if "compiled" not in name and "graph" not in name]
 TINY = ["--networks", "wrn-10-1", "--batch", "8", "--size", "8", "--rounds", "1", "--device", "cpu"]
@@ -14,7 +14,7 @@ TINY = ["--networks", "wrn-10-1", "--batch", "8", "--size", "8", "--rounds", "1"
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
-    monkeypatch.setattr(passes, "BACKEND", "aot_eager")  # no C++ compiler
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # no C++ compiler
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

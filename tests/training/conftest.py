@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from training.engine import networks
-from training.engine.state import kernels
+from training.engine.optimiser import SgdDescent, kernels
 from training.objectives.interface import Batch, Moment
 
 torch.set_num_threads(1)
@@ -31,6 +31,11 @@ class Problem:
     def fresh(self) -> "Problem":
         """The same with a model of its own."""
         return dataclasses.replace(self, model=copy.deepcopy(self.model))
+
+    def with_velocity(self, velocity: dict[str, torch.Tensor]) -> "Problem":
+        """The same after other updates."""
+        descent = dataclasses.replace(self.moment.descent, velocity=velocity)
+        return dataclasses.replace(self, moment=dataclasses.replace(self.moment, descent=descent))
 
 
 def build_problem(
@@ -66,13 +71,15 @@ def build_problem(
     )
     moment = Moment(
         lr=0.05,
-        momentum=0.9,
-        weight_decay=0.03,
-        decayed=kernels(model),
-        momentum_buffers={
-            name: 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float64).to(dtype)
-            for name, value in model.named_parameters()
-        },
+        descent=SgdDescent(
+            momentum=0.9,
+            weight_decay=0.03,
+            decayed=kernels(model),
+            velocity={
+                name: 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float64).to(dtype)
+                for name, value in model.named_parameters()
+            },
+        ),
     )
     return Problem(model, batch, moment)
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 import training.engine.collectives
 from training.engine import networks
 from training.engine.collectives import Processes, WorkersError
-from training.engine.state import TrainState, kernels
+from training.engine.optimiser import Sgd
+from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.ieg import paper, reference, winnow
@@ -77,15 +78,8 @@ def new_state(objective, dtype: torch.dtype) -> TrainState:
     """The same on every worker."""
     model = networks.build("wrn-10-1:group", 3, CLASSES, seed=1).to(dtype)
     memory = objective.memory(model, EXAMPLES, CLASSES)
-    return TrainState(
-        model,
-        momentum=0.9,
-        weight_decay=0.01,
-        decayed=frozenset(name for name, _ in model.named_parameters()),
-        average=objective.average_parameters,
-        memory=memory,
-        memory_decayed=kernels(memory),
-    )
+    optimiser = Sgd(model, memory, momentum=0.9, weight_decay=0.01)
+    return TrainState(model, optimiser, average=objective.average_parameters, memory=memory)
 
 
 def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:

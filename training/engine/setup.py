@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from training.engine import networks
-from training.engine.passes import Passes
-from training.engine.state import TrainState, kernels
+from training.engine.optimiser import Sgd, everything, kernels
+from training.engine.passes.network import Passes
+from training.engine.state import TrainState
 from training.recipe import Recipe
 from training.runs import checkpoint
 
@@ -40,18 +41,14 @@ def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device:
     model = new_network(recipe, classes, workers, device)
     memory = recipe.objective.memory(model, examples, classes).to(device)
 
-    def decayed(module: nn.Module) -> frozenset[str]:
-        return frozenset(dict(module.named_parameters())) if recipe.decay == "all" else kernels(module)
-
-    return TrainState(
+    optimiser = Sgd(
         model,
+        memory,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
-        decayed=decayed(model),
-        average=recipe.objective.average_parameters,
-        memory=memory,
-        memory_decayed=decayed(memory),
+        decays=everything if recipe.decay == "all" else kernels,
     )
+    return TrainState(model, optimiser, average=recipe.objective.average_parameters, memory=memory)
 
 
 def resume(state: TrainState, folder: str, rank: int, world: int) -> list[dict[str, float]]:

@@ -11,62 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from training.engine.optimiser import Sgd
 from training.objectives.private_torch import foreach_lerp_
 
 
-def kernels(model: nn.Module) -> frozenset[str]:
-    """Names of the weights of convolutions and linear layers: what weight decay acts on for ResNet-29 (METHOD)."""
-    return frozenset(name for name, value in model.named_parameters() if value.dim() > 1)
-
-
 class TrainState:
-    """A model in training and its objective's memory; `decayed` and `memory_decayed` name what weight decay acts on."""
+    """A model in training, its objective's memory and the optimiser of both."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        momentum: float,
-        weight_decay: float,
-        decayed: frozenset[str],
-        average: bool,
-        memory: nn.Module | None = None,
-        memory_decayed: frozenset[str] = frozenset(),
-    ) -> None:
-        self.model, self.memory = model, nn.Module() if memory is None else memory
-        self.momentum, self.weight_decay, self.decayed = momentum, weight_decay, decayed
-        parameters = dict(model.named_parameters())
-        kept = dict(self.memory.named_parameters())
-        decay = [value for name, value in parameters.items() if name in decayed]
-        decay += [value for name, value in kept.items() if name in memory_decayed]
-        other = [value for name, value in parameters.items() if name not in decayed]
-        other += [value for name, value in kept.items() if name not in memory_decayed]
-        groups = [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": other, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=momentum)
-        self.averaged = {name: value.detach().clone() for name, value in parameters.items()} if average else {}
+    def __init__(self, model: nn.Module, optimiser: Sgd, *, average: bool, memory: nn.Module | None = None) -> None:
+        """Begin at step 0; with `average`, keep a moving average of the model's parameters."""
+        self.model, self.optimiser, self.memory = model, optimiser, nn.Module() if memory is None else memory
+        parameters = model.named_parameters()
+        self.averaged = {name: value.detach().clone() for name, value in parameters} if average else {}
         self.step = 0  # updates done
 
     def trained(self) -> list[nn.Parameter]:
         """All that the optimiser updates: the parameters of the model, then of the memory."""
         return [*self.model.parameters(), *self.memory.parameters()]
 
-    def momentum_buffers(self) -> dict[str, Tensor]:
-        """The optimiser's own velocity of each of the model's parameters, by name; empty before the first step."""
-        buffers = {}
-        for name, value in self.model.named_parameters():
-            velocity = self.optimizer.state.get(value, {}).get("momentum_buffer")
-            if velocity is not None:
-                buffers[name] = velocity
-        return buffers
-
     def apply_gradients(self, lr: float) -> None:
-        """One step of SGD at `lr`, then of the moving average with decay min(0.999, (1+t)/(10+t)) (METHOD, step 8)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        """Update at `lr`, then the moving average with decay min(0.999, (1+t)/(10+t)) (docs/method.md, step 8)."""
+        self.optimiser.update(lr)
         if self.averaged:
             decay = min(0.999, (1 + self.step) / (10 + self.step))
             live = [value.detach() for value in self.model.parameters()]
@@ -109,7 +74,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "averaged": self.averaged,
             "memory": self.memory.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimiser.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -117,7 +82,7 @@ class TrainState:
         try:
             self.model.load_state_dict(saved["model"])
             self.memory.load_state_dict(saved["memory"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimiser.load_state_dict(saved["optimizer"])
             if saved["averaged"].keys() != self.averaged.keys():
                 raise ValueError("one keeps averaged parameters, the other does not")
             for name, value in saved["averaged"].items():

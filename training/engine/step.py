@@ -14,25 +14,16 @@ from training.objectives.interface import Batch, Moment, Objective, Outcome, Wor
 
 
 def moment_of(state: TrainState, lr: float, steps: int) -> Moment:
-    """Where training stands, of `steps` in the whole run."""
-    return Moment(
-        lr,
-        state.momentum,
-        state.weight_decay,
-        state.decayed,
-        state.momentum_buffers(),
-        step=state.step,
-        steps=steps,
-        memory=state.memory,
-    )
+    """Return where training stands, of `steps` in the whole run."""
+    return Moment(lr, state.optimiser.descent(), step=state.step, steps=steps, memory=state.memory)
 
 
 Differentiate = Callable[[TrainState, Objective, Batch, Moment, Workers], Outcome]
 
 
 def differentiate(state: TrainState, objective: Objective, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
-    """What comes of the batch, its graph gone; the gradients are in the parameters."""
-    state.optimizer.zero_grad(set_to_none=True)
+    """Return what comes of the batch, its graph gone; the gradients are in the parameters."""
+    state.optimiser.zero_grad()
     outcome = objective(state.model, batch, moment, workers)
     outcome.total.backward()
     return replace(outcome, total=outcome.total.detach())
@@ -48,7 +39,7 @@ def update(
     steps: int = 1,
     by: Differentiate = differentiate,
 ) -> Outcome:
-    """One step of SGD, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step.
+    """Make one update, of `steps` in the whole run, on the workers' mean loss; `state` moves on by one step.
 
     `by` gives outcome and gradients: kernel by kernel, or as one CUDA graph (`training.engine.graph`).
     """

@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from training.objectives.private_torch import foreach_add
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,38 @@ class Alone:
         return tensor.detach()
 
 
+class Descent:
+    """See the optimiser as an objective does: it says where its next update would go. This is plain gradient descent.
+
+    Optimisers that do more have their own (engine/optimiser.py). Values and gradients are parameters of the model, by
+    name, all or some of them; results carry the graph of what is given.
+    """
+
+    def look_ahead(
+        self, values: Mapping[str, Tensor], gradients: Sequence[Tensor], rate: float, *, momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return the values after an update of size `rate` along gradients in their order, perhaps without momentum."""
+        return dict(zip(values, foreach_add(list(values.values()), list(gradients), alpha=-rate), strict=True))
+
+    def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
+        """Return what weight decay adds to a loss at these values."""
+        return 0.0
+
+    def add_penalty(self, gradients: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients with that of `penalty` at these values."""
+        return dict(gradients)
+
+    def to(self, dtype: torch.dtype) -> Descent:
+        """Return the same in another precision."""
+        return self
+
+
 @dataclass(frozen=True)
 class Moment:
     """Hold where training stands: all that an objective may know of optimiser, schedule and its own past."""
 
     lr: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    decayed: frozenset[str] = frozenset()  # names of the parameters that weight decay acts on
-    momentum_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # by parameter name; absent before step 1
+    descent: Descent = field(default_factory=Descent)  # the optimiser's next update
     step: int = 0  # updates done
     steps: int = 1  # of the whole run
     memory: nn.Module = field(default_factory=nn.Module)  # what `Objective.memory` made

@@ -84,7 +84,7 @@ def outer_blocks(model: nn.Module) -> list[str]:
 
 def with_features(model: nn.Module, image_BCHW: Tensor, classes: int, *, aside: bool = False) -> tuple[Tensor, Tensor]:
     """Return logits, and what the classifier made them of, B×D and detached; `aside` is `losses.forward_aside`."""
-    collected: list[Tensor] = []  # a tensor a chunk (training/engine/passes.py)
+    collected: list[Tensor] = []  # a tensor a chunk (engine/passes)
     hook = classifier(model, classes).register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0].detach()))
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled network would be compiled anew for every hook

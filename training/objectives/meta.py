@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
 from training.objectives.memory import classifier, outer_blocks
-from training.objectives.private_torch import foreach_add, foreach_add_
 from training.objectives.tangents import FusedTangents, Recorded
 
 Engine = Literal["forward", "second_order"]
@@ -135,30 +134,14 @@ def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[T
     return problem.workers.mean(gradients)
 
 
-def _decayed(problem: MetaProblem, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in values.items() if name in problem.moment.decayed}
-
-
 def _looked_ahead(
     problem: MetaProblem, theta: Mapping[str, Tensor], gradients: Sequence[Tensor] | None
 ) -> dict[str, Tensor]:
-    """Return θ' = θ − α(μ·m + ∇inner + weight decay), the optimiser's own next step with step size α."""
+    """Return θ', where the optimiser's own next update with step size α would go (step 4)."""
     if gradients is None:
         return dict(theta)
-    moment = problem.moment
-    sums = foreach_add(list(theta.values()), list(gradients), alpha=-problem.alpha)
-    ahead = dict(zip(theta, sums, strict=True))
-    _add(ahead, _decayed(problem, theta), -problem.alpha * moment.weight_decay)
-    if problem.lookahead == "momentum":
-        _add(ahead, moment.momentum_buffers, -problem.alpha * moment.momentum)
-    return ahead
-
-
-def _add(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:
-    """Add factor·others to values where there is another, in place; in a few kernels, however many tensors."""
-    both = [name for name in values if name in others]
-    if both:
-        foreach_add_([values[name] for name in both], [others[name] for name in both], alpha=factor)
+    momentum = problem.lookahead == "momentum"
+    return problem.moment.descent.look_ahead(theta, gradients, problem.alpha, momentum=momentum)
 
 
 def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
@@ -174,13 +157,10 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
     leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
     gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
     direction = dict(zip(leaves, problem.workers.mean(gradients), strict=True))
-    decayed = _decayed(problem, ahead)
-    if not problem.probe_decay or not decayed:
+    if not problem.probe_decay:
         return direction
-    with torch.no_grad():  # not in place: two parameters can have one and the same gradient
-        of_decayed = [direction[name] for name in decayed]
-        sums = foreach_add(of_decayed, list(decayed.values()), alpha=problem.moment.weight_decay)
-    return {**direction, **dict(zip(decayed, sums, strict=True))}
+    with torch.no_grad():
+        return problem.moment.descent.add_penalty(direction, ahead)
 
 
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
@@ -235,8 +215,7 @@ def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
         ahead = _looked_ahead(problem, theta, averaged)
     loss = _probe_loss(problem, ahead)
     if problem.probe_decay:
-        decay = sum(value.square().sum() for value in _decayed(problem, ahead).values())
-        loss = loss + problem.moment.weight_decay / 2 * decay
+        loss = loss + problem.moment.descent.penalty(ahead)
     gradients_B = torch.autograd.grad(loss, (omega_B, lambda_B), retain_graph=True)
     # Autograd sees the sum of the workers' probe losses; L^p is their mean.
     return gradients_B[0] / problem.workers.size, gradients_B[1] / problem.workers.size

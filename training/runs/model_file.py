@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.dataset import Examples, InputError, Source
 from training.engine import networks
 from training.engine.batch import normalised
-from training.engine.passes import Passes
+from training.engine.passes.network import Passes
 from training.recipe import Recipe, publishable, source_of
 
 NAME = "model.safetensors"

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import VARIANTS
-from training.engine.passes import Passes
+from training.engine.optimiser import Sgd
+from training.engine.passes.network import Passes
 from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.interface import Alone
@@ -50,9 +51,8 @@ def steps(problem, objective, device, *, passes=lambda network: network, warm_up
     """Steps on the device; after the warm-up, in which libraries are loaded, the host may not wait."""
     model = passes(problem.fresh().model).to(device, torch.float32)
     memory = objective.memory(model, 40, problem.batch.classes).to(device)
-    state = TrainState(
-        model, momentum=0.9, weight_decay=0.03, decayed=frozenset(), average=objective.average_parameters, memory=memory
-    )
+    optimiser = Sgd(model, memory, momentum=0.9, weight_decay=0.0)
+    state = TrainState(model, optimiser, average=objective.average_parameters, memory=memory)
     tensors = {
         name: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
         for name, value in vars(problem.batch).items()

@@ -8,12 +8,15 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from training.engine import graph, passes
-from training.engine.state import TrainState, kernels
+from training.engine import graph
+from training.engine.optimiser import Sgd, kernels
+from training.engine.passes import compiled, recompute
+from training.engine.passes import network as passes
+from training.engine.state import TrainState
 from training.engine.step import differentiate, update
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.ieg import paper
@@ -68,7 +71,7 @@ def model(request, monkeypatch, problem):
 def train(model, problem, objective, by, steps=7):
     """State and outcomes of some steps, each with another batch, learning rate and mixing."""
     device, said = next(model.parameters()).device, []
-    state = TrainState(model, momentum=0.9, weight_decay=0.03, decayed=kernels(model), average=True)
+    state = TrainState(model, Sgd(model, nn.Module(), momentum=0.9, weight_decay=0.03, decays=kernels), average=True)
     for step in range(steps):
         moved = {
             name: value.roll(step, 0).to(device)
@@ -104,7 +107,7 @@ def test_replayed_steps_are_the_steps(name, model, problem):
 @pytest.mark.parametrize("how", [{"chunks": 2}, {"chunks": 1, "compiled": True}, {"chunks": 1, "recompute": True}])
 @pytest.mark.parametrize("name", ["winnow", "supervised"])
 def test_replayed_steps_in_parts_or_compiled_are_the_steps(name, how, model, problem, monkeypatch):
-    monkeypatch.setattr(passes, "BACKEND", "aot_eager")  # no C++ compiler
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # no C++ compiler
     model = passes.Passes(model, dtype=torch.float64, channels_last=False, **how)
     assert_same(*both(model, problem, METHODS[name]()))
     torch._dynamo.reset()
@@ -126,7 +129,7 @@ def test_random_layers_are_refused(model, problem):
 def test_in_a_capture_no_random_state_is_read(problem, monkeypatch):
     """It is the graph's own there, and CUDA forbids it."""
     kept = []
-    plain = passes.checkpoint
+    plain = recompute.checkpoint
     monkeypatch.setattr(
         passes, "checkpoint", lambda *args, **how: (kept.append(how["preserve_rng_state"]), plain(*args, **how))[1]
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.state import TrainState, kernels
+from training.engine.optimiser import Sgd, kernels
+from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.interface import Alone
@@ -14,15 +15,9 @@ from training.objectives.registry import ABLATIONS, METHODS
 
 
 def new_state(model, *, average=True, momentum=0.9, weight_decay=0.1, decayed=None, memory=None) -> TrainState:
-    return TrainState(
-        model,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        decayed=kernels(model) if decayed is None else decayed,
-        average=average,
-        memory=memory,
-        memory_decayed=kernels(memory) if memory else frozenset(),
-    )
+    decays = kernels if decayed is None else lambda _: decayed
+    optimiser = Sgd(model, memory or nn.Module(), momentum=momentum, weight_decay=weight_decay, decays=decays)
+    return TrainState(model, optimiser, average=average, memory=memory)
 
 
 def test_kernels_are_convolutions_and_linear_layers():
@@ -35,7 +30,7 @@ def test_kernels_are_convolutions_and_linear_layers():
 def test_sgd_is_momentum_with_coupled_decay_on_chosen_names(momentum, decayed):
     model = nn.Linear(3, 2).double()
     state = new_state(model, momentum=momentum, decayed=decayed)
-    assert state.momentum_buffers() == {}
+    assert state.optimiser.descent().velocity == {}
     expected = {name: value.detach().clone() for name, value in model.named_parameters()}
     velocity = {name: torch.zeros_like(value) for name, value in expected.items()}
     rng = torch.Generator().manual_seed(0)
@@ -48,7 +43,7 @@ def test_sgd_is_momentum_with_coupled_decay_on_chosen_names(momentum, decayed):
         state.apply_gradients(lr)
         torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=1e-13, atol=1e-15)
         if momentum:
-            torch.testing.assert_close(state.momentum_buffers(), velocity, rtol=1e-13, atol=1e-15)
+            torch.testing.assert_close(state.optimiser.descent().velocity, velocity, rtol=1e-13, atol=1e-15)
     assert state.step == 3
 
 
@@ -110,7 +105,7 @@ def test_a_memory_is_trained_like_the_model_and_not_exported():
             kept.grad = value.grad.clone()
         state.apply_gradients(lr)
     torch.testing.assert_close(memory.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert set(state.momentum_buffers()) == {"weight", "bias"}
+    assert set(state.optimiser.descent().velocity) == {"weight", "bias"}
     assert set(state.inference_weights()) == {"weight", "bias"}
     assert len(state.trained()) == 4
     assert state.finite()
@@ -177,7 +172,7 @@ def test_a_run_starts_from_another_ones_weights_alone(problem, average):
     state = new_state(problem.fresh().model, average=average)
     state.load_weights(other.inference_weights())
     assert state.step == 0
-    assert not state.momentum_buffers()
+    assert not state.optimiser.descent().velocity
     torch.testing.assert_close(state.inference_weights(), other.inference_weights(), rtol=0, atol=0)
     torch.testing.assert_close(dict(state.model.named_parameters()), other.averaged, rtol=0, atol=0)
     update(state, Supervised(), problem.batch, lr=0.1, workers=Alone())  # into no memory that `other` holds

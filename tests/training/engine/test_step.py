@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.engine.collectives
 from training.engine.batch import normalised
-from training.engine.state import TrainState, kernels
+from training.engine.optimiser import Sgd, kernels
+from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.interface import Alone
 from training.objectives.registry import METHODS
@@ -237,9 +238,8 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("method", [name for name, make in METHODS.items() if not make().remembers])
 def test_a_step_never_waits_for_the_device(method, problem):
     objective = METHODS[method]()
-    state = TrainState(
-        problem.model, momentum=0.9, weight_decay=0.03, decayed=kernels(problem.model), average=True,
-    )  # fmt: skip
+    optimiser = Sgd(problem.model, nn.Module(), momentum=0.9, weight_decay=0.03, decays=kernels)
+    state = TrainState(problem.model, optimiser, average=True)
     for _ in range(2):  # before and after there is a momentum
         with NoWaiting():
             update(state, objective, problem.batch, lr=0.05, workers=Alone(), steps=2)
@@ -272,7 +272,8 @@ def test_nothing_is_computed_twice(method, passes, problem):
     layers = sum(isinstance(module, nn.Conv2d) for module in problem.model.modules())
     objective = METHODS[method]()
     memory = objective.memory(problem.model, 40, problem.batch.classes)
-    state = TrainState(problem.model, momentum=0.9, weight_decay=0.03, decayed=frozenset(), average=True, memory=memory)
+    optimiser = Sgd(problem.model, memory, momentum=0.9, weight_decay=0.0)
+    state = TrainState(problem.model, optimiser, average=True, memory=memory)
     with Convolutions() as seen:
         update(state, objective, problem.batch, lr=0.05, workers=Alone())
     assert seen.counted[aten.convolution] == (passes + 2) * layers - 1

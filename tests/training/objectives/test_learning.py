@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.state import TrainState, kernels
+from training.engine.optimiser import Sgd, kernels
+from training.engine.state import TrainState
 from training.engine.step import update
 from training.objectives.interface import Alone, Batch
 from training.objectives.registry import BASELINES, METHODS
@@ -47,10 +48,8 @@ def trained():
             return found[name, steps]
         objective, model, rng = METHODS[name](), network(), np.random.default_rng(1)
         memory = objective.memory(model, N, K)
-        state = TrainState(
-            model, momentum=0.9, weight_decay=5e-4, decayed=kernels(model), average=True, memory=memory,
-            memory_decayed=kernels(memory),
-        )  # fmt: skip
+        optimiser = Sgd(model, memory, momentum=0.9, weight_decay=5e-4, decays=kernels)
+        state = TrainState(model, optimiser, average=True, memory=memory)
         rows = np.concatenate([rng.permutation(N) for _ in range(steps * B // N)])
         judged = {"right": [], "wrong": [], "differs": Counter()}
         for step in range(steps):

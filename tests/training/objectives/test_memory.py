@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from training.engine import networks
-from training.engine.passes import Passes
+from training.engine.passes.network import Passes
 from training.objectives.interface import Alone
 from training.objectives.memory import (
     FeatureBank,

@@ -53,16 +53,18 @@ def probe_loss_ahead(problem, given_BK, pseudo_BK, lookahead, probe_decay, omega
     ahead = {}
     for (name, value), gradient in zip(theta.items(), torch.autograd.grad(inner, list(theta.values())), strict=True):
         velocity = gradient
-        if lookahead != "l2r" and name in moment.decayed:
-            velocity = velocity + moment.weight_decay * value
+        if lookahead != "l2r" and name in moment.descent.decayed:
+            velocity = velocity + moment.descent.weight_decay * value
         if lookahead == "momentum":
-            velocity = velocity + moment.momentum * moment.momentum_buffers[name]
+            velocity = velocity + moment.descent.momentum * moment.descent.velocity[name]
         ahead[name] = (value - ALPHA * velocity).detach()
     with torch.no_grad():
         log_MK = torch.log_softmax(logits(ahead, batch.probe_MCHW), 1)
         loss = -log_MK[torch.arange(len(log_MK)), batch.probe_label_M].mean()
         if probe_decay:
-            loss = loss + 0.5 * moment.weight_decay * sum((ahead[name] ** 2).sum() for name in moment.decayed)
+            loss = loss + 0.5 * moment.descent.weight_decay * sum(
+                (ahead[name] ** 2).sum() for name in moment.descent.decayed
+            )
     return float(loss)
 
 
@@ -136,8 +138,8 @@ def test_frozen_parameters_take_no_part(problem, engine):
         value.requires_grad_(name not in frozen)
     omega_B, lambda_B = meta_gradient(engine, meta_problem(problem))
     # the same as with a momentum of any size on the frozen ones
-    buffers = {name: value + 9 * (name in frozen) for name, value in problem.moment.momentum_buffers.items()}
-    other = dataclasses.replace(problem, moment=dataclasses.replace(problem.moment, momentum_buffers=buffers))
+    buffers = {name: value + 9 * (name in frozen) for name, value in problem.moment.descent.velocity.items()}
+    other = problem.with_velocity(buffers)
     again_omega_B, again_lambda_B = meta_gradient(engine, meta_problem(other))
     assert omega_B.any()
     assert torch.equal(omega_B, again_omega_B)
@@ -206,9 +208,7 @@ class Random(torch.nn.Module):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_random_layers_draw_in_forward_mode_what_they_drew_before(keeps, problem):
     torch.manual_seed(0)
-    problem = dataclasses.replace(
-        problem, model=Random().double(), moment=dataclasses.replace(problem.moment, momentum_buffers={})
-    )
+    problem = dataclasses.replace(problem.with_velocity({}), model=Random().double())
     with Recorded(keeps=keeps) as recorded:
         logits_BK = problem.model(problem.batch.weak_BCHW)
     posed = dataclasses.replace(meta_problem(problem), logits_BK=logits_BK, recorded=recorded)

@@ -88,8 +88,8 @@ def test_mlc_descends_the_trusted_loss_after_a_step(problem):
     steps = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
     ahead = {}
     for (name, value), step in zip(theta.items(), steps, strict=True):
-        decay = moment.weight_decay * value if name in moment.decayed else 0.0
-        ahead[name] = value - moment.lr * (step + decay + moment.momentum * moment.momentum_buffers[name])
+        decay = moment.descent.weight_decay * value if name in moment.descent.decayed else 0.0
+        ahead[name] = value - moment.lr * (step + decay + moment.descent.momentum * moment.descent.velocity[name])
     judged = F.cross_entropy(logits_with(problem.model, ahead, judging_MCHW), judging_M)
     of_label_BK, *expected = torch.autograd.grad(judged, [corrected_BK, *memory.parameters()])
     scale = 0.3 / len(of_label_BK) / of_label_BK.square().mean().sqrt()

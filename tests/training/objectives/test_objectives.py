@@ -125,9 +125,7 @@ def ran(_pristine):
     def run(name: str) -> Ran:
         problem, plain = posed(name, _pristine.fresh()), _pristine.fresh().model
         problem = replace(problem, batch=copy.deepcopy(_pristine.batch))
-        problem = replace(
-            problem, moment=replace(problem.moment, momentum_buffers=copy.deepcopy(_pristine.moment.momentum_buffers))
-        )
+        problem = problem.with_velocity(copy.deepcopy(_pristine.moment.descent.velocity))
         outcome = EVERY[name](problem.model, problem.batch, problem.moment, Alone())
         assert all(value.grad is None for value in problem.model.parameters())
         after = copy.deepcopy(problem.model.state_dict())
@@ -141,7 +139,7 @@ def ran(_pristine):
             after,
             dict(plain.named_buffers()),
             prediction_BK,
-            same(problem.moment.momentum_buffers, _pristine.moment.momentum_buffers),
+            same(problem.moment.descent.velocity, _pristine.moment.descent.velocity),
             same(vars(problem.batch), vars(_pristine.batch)),
         )
 
@@ -312,15 +310,15 @@ def by_the_method(ieg, problem):
     for (name, value), slope in zip(
         theta.items(), torch.autograd.grad(inner, list(theta.values()), create_graph=True), strict=True
     ):
-        if name in moment.decayed and ieg.lookahead != "l2r":
-            slope = slope + moment.weight_decay * value
+        if name in moment.descent.decayed and ieg.lookahead != "l2r":
+            slope = slope + moment.descent.weight_decay * value
         if ieg.lookahead == "momentum":
-            slope = slope + moment.momentum * moment.momentum_buffers[name]
+            slope = slope + moment.descent.momentum * moment.descent.velocity[name]
         ahead[name] = value - alpha * slope
     probe = F.cross_entropy(forward_with(model, ahead, batch.probe_MCHW), batch.probe_label_M)
     if ieg.probe_decay:
-        decayed = [value for name, value in ahead.items() if name in moment.decayed]
-        probe = probe + moment.weight_decay / 2 * sum((value**2).sum() for value in decayed)
+        decayed = [value for name, value in ahead.items() if name in moment.descent.decayed]
+        probe = probe + moment.descent.weight_decay / 2 * sum((value**2).sum() for value in decayed)
     d_omega_B, d_lambda_B = torch.autograd.grad(probe, (omega_B, lambda_B), retain_graph=True)
     raw_B = torch.relu((omega0 if ieg.weights == "step" else 0.0) - d_omega_B)
     weight_B = raw_B / (raw_B.sum() + 1e-5)

@@ -63,12 +63,9 @@ def test_what_is_private_is_noticed(source, found):
     assert private(source) == found
 
 
-PENDING = {"training/engine/passes.py"}  # still has its own
-
-
 def test_private_torch_is_in_one_file():
     files = {str(file.relative_to(ROOT)): private(file.read_text()) for file in (ROOT / "training").rglob("*.py")}
-    assert {name for name, found in files.items() if found} == {str(PRIVATE.relative_to(ROOT)), *PENDING}
+    assert {name for name, found in files.items() if found} == {str(PRIVATE.relative_to(ROOT))}
 
 
 def test_torch_is_bounded_from_above():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers, require
+from training.objectives.interface import Batch, Descent, Moment, Objective, Outcome, Workers, require
 from training.objectives.losses import one_hot, plain_coefficients
 from training.objectives.memory import initialised
 from training.objectives.meta import Engine, MetaProblem, meta_gradient, unit
@@ -67,7 +67,7 @@ class MetaWeightNet(Objective):
         loss_B = F.cross_entropy(logits_BK, batch.label_B, reduction="none")
         weight_B = memory(loss_B.detach())
 
-        plain = replace(moment, decayed=frozenset())  # the lookahead has no weight decay
+        plain = replace(moment, descent=Descent())  # neither momentum nor weight decay
         problem = MetaProblem(
             model, batch, plain, workers, logits_BK, given_BK, given_BK, lambda0=1.0, alpha=moment.lr,
             lookahead="sgd", probe_decay=False, weight_B=weight_B.detach(), recorded=recorded,
