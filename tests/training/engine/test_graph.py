@@ -80,7 +80,7 @@ def train(model, problem, objective, by, steps=7):
         }
         batch = dataclasses.replace(problem.batch, **moved, group_keys=(step, 99 + step))
         said.append(update(state, objective, batch, lr=0.1 / (1 + step), workers=Alone(), steps=steps, by=by))
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimiser.zero_grad()
     return state, said
 
 
