@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -163,6 +163,12 @@ class Dataset:
 
 class Source(ABC):
     """A frozen dataclass that says which data set, with which noise, probe and views; it is part of a recipe."""
+
+    kinds: ClassVar[dict[str, type[Source]]] = {}  # every class of sources, by the name that a recipe's JSON has for it
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Source.kinds[cls.__name__] = cls
 
     @property
     @abstractmethod

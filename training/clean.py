@@ -29,10 +29,11 @@ import tyro
 from rich.console import Console
 
 from pipeline import command, compute, job, predictions, storage
-from pipeline.dataset import InputError
-from pipeline.index import SHARD_SCHEMA, Index, Shard, Shards, read_index
+from pipeline.dataset import HeldOut, InputError
+from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index
 from pipeline.job import Progress, Record
 from pipeline.predictions import Predictions
+from training.recipe import source_of
 
 LABELS = "audit/labels.parquet"  # in a run's folder: a row an audited id
 AUDITED = {
@@ -237,12 +238,13 @@ def _require_shards(run: str) -> None:
     """Raise InputError where the run's data set is read whole, without shards."""
     fs, path = storage.connect(run)
     try:
-        kind = json.loads(storage.read(fs, storage.join(path, "recipe.json")))["dataset"]["kind"]
+        source = source_of(json.loads(storage.read(fs, storage.join(path, "recipe.json")))["dataset"])
     except FileNotFoundError:
         raise InputError(f"no recipe.json in {run}: give the folder of an audited run") from None
-    if kind != "Sharded":
+    source = source.source if isinstance(source, HeldOut) else source  # a sweep's trial
+    if not isinstance(source, Sharded):
         raise InputError(
-            f"{run} was trained on {kind}, which has no shards to write anew: "
+            f"{run} was trained on {type(source).__name__}, which has no shards to write anew: "
             f"its audited labels are in {storage.join(run, LABELS)}"
         )
 

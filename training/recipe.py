@@ -12,16 +12,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import tyro
 import yaml
 
-from pipeline import storage
-from pipeline.cifar import Cifar
+from pipeline import sources, storage
 from pipeline.dataset import InputError, Source
-from pipeline.digits import Digits
-from pipeline.index import Sharded
 from training.engine.schedule import Schedule
 from training.objectives.ieg import Ieg
 from training.objectives.interface import Objective
@@ -263,33 +260,19 @@ def publishable(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
 
 
-def source_of(said: Mapping[str, Any]) -> Source:
-    """The data set of a recipe as plain data, such as recipe.json's `dataset`: the inverse of `as_json` there.
+def source_of(data: Mapping[str, Any]) -> Source:
+    """Return the data set of a recipe as plain data, such as recipe.json's `dataset`: the inverse of `as_json` there.
 
     Raises InputError for a kind or field that is none.
     """
-    kinds = {kind.__name__: kind for kind in (Cifar, Digits, Sharded)}
-    fields = dict(said)
-    try:
-        return _made(kinds[fields.pop("kind")], fields)
-    except (KeyError, TypeError) as error:
-        what = f"the recipe tells of a data set that is unknown here ({error})"
-        raise InputError(f"{what}: use the code it was made with") from None
-
-
-def _made(kind: Any, said: Mapping[str, Any]) -> Any:
-    # A frozen dataclass from plain data: nested ones are dicts, tuples are lists.
-    hints = get_type_hints(kind)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    nested = {name: _made(hints[name], value) for name, value in values.items() if isinstance(value, dict)}
-    return kind(**{**values, **nested})
+    return sources.from_json(data)
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, as JSON has it, with the names of its data set's and objective's classes."""
     said = {
         **dataclasses.asdict(recipe),
-        "dataset": {"kind": type(recipe.dataset).__name__, **dataclasses.asdict(recipe.dataset)},  # type: ignore[call-overload]
+        "dataset": sources.to_json(recipe.dataset),
         "objective": {"kind": type(recipe.objective).__name__, **dataclasses.asdict(recipe.objective)},  # type: ignore[call-overload]
     }
     return json.loads(json.dumps(said))  # tuples are lists

@@ -245,7 +245,7 @@ def test_what_is_not_there_is_refused(data, run, tmp_path):
     (empty / "recipe.json").write_text('{"dataset": {"kind": "Digits"}}')
     with pytest.raises(InputError, match=r"was trained on Digits, which has no shards .*: its .* in .*labels.parquet"):
         clean.clean(Request(str(empty), data, f"{tmp_path}/out"), quiet())
-    (empty / "recipe.json").write_text('{"dataset": {"kind": "Sharded"}}')
+    (empty / "recipe.json").write_text('{"dataset": {"kind": "Sharded", "dataset": "custom"}}')
     with pytest.raises(
         InputError, match=r"no audit/labels.parquet in .*empty: make it first, python -m training.audit"
     ):

@@ -221,7 +221,7 @@ def test_a_data_set_comes_back_from_recipe_json(dataset):
 
 @pytest.mark.parametrize("said", [{"kind": "Elsewhere"}, {"kind": "Digits", "rows": 3}, {}])
 def test_a_data_set_that_is_unknown_here_is_refused(said):
-    with pytest.raises(InputError, match=r"the recipe tells of a data set that is unknown here .*: use the code"):
+    with pytest.raises(InputError, match=r"the recipe names a data set that is unknown here .*: use the code"):
         source_of(said)
 
 

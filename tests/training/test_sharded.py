@@ -196,7 +196,10 @@ def test_a_supervised_run_trains_on_cleaned_shards(tmp_path, local_ray):
     right_N = (given.label_N + 1) % 3
     ones = np.ones(len(train), np.float32)
     doubt = {"quality": np.append(0 * ones[1:], 1), "weight": 0.1 * ones, "confidence": ones}
-    layouts.write(f"{tmp_path}/audited", {"recipe.json": b'{"dataset": {"kind": "Sharded"}}', "audit/.keep": b""})
+    layouts.write(
+        f"{tmp_path}/audited",
+        {"recipe.json": b'{"dataset": {"kind": "Sharded", "dataset": "custom"}}', "audit/.keep": b""},
+    )
     audit = pa.table({"id": given.id_N, "label": given.label_N, "proposed": right_N, **doubt})
     pq.write_table(audit, f"{tmp_path}/audited/audit/labels.parquet")
     clean(Request(f"{tmp_path}/audited", f"{tmp_path}/data", f"{tmp_path}/clean"), console)
