@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from sklearn.covariance import fast_mcd
 from torch import Tensor, nn
 
 from training.objectives.memory import outer_blocks, with_features
 
-STARTS, MOST_STEPS = 10, 100
 LAYERS = 3  # as the authors' code has for DenseNet, there all of the last block; 4 for ResNet
 EM_STEPS = 500
 
@@ -96,47 +97,37 @@ def mixture_weights(likelihood_LM: Tensor) -> Tensor:
 def robust_classifier(
     feature_ND: Tensor, label_N: Tensor, classes: int, *, support: float = 0.5, seed: int = 0
 ) -> GaussianClassifier:
-    """Gaussians whose means and common covariance are the minimum covariance determinant estimates of each class.
+    """Return Gaussians of the minimum covariance determinant estimates of each class's mean and of their covariance.
 
-    `feature_ND` is what a network's last layer is given (`objectives.memory.with_features`), in eval mode. Raises
-    ValueError for a class with fewer than 2 examples.
+    `feature_ND` is what a network's last layer is given (`objectives.memory.with_features`), in eval mode. Of each
+    class's n examples, support·(n + D + 1) count, at most n. Raises ValueError for a class with fewer than 2 examples.
     """
-    rng, feature_ND = torch.Generator().manual_seed(seed), feature_ND.double()
-    means, total, count = [], torch.zeros((), dtype=torch.float64), torch.bincount(label_N, minlength=classes)
+    feature_ND, count = feature_ND.double(), torch.bincount(label_N, minlength=classes)
+    means, scatter_DD, used = [], torch.zeros((), dtype=torch.float64), 0
     if (count < 2).any():
         raise ValueError(f"class {int((count < 2).nonzero()[0])} has {int(count.min())} examples: each needs 2 or more")
     for k in range(classes):
         of_class_nD = feature_ND[label_N == k]
-        chosen = of_class_nD[minimum_covariance_determinant(of_class_nD, support, rng)]
+        size = min(int(support * (len(of_class_nD) + feature_ND.shape[1] + 1)), len(of_class_nD))
+        chosen = of_class_nD[densest(of_class_nD, size, seed)]
         means.append(chosen.mean(0))
-        total = total + (chosen - means[-1]).T @ (chosen - means[-1])  # the paper's mean of covariances, by size
-    used = sum(_size(int(n), feature_ND.shape[1], support) for n in count)
-    return GaussianClassifier(torch.stack(means), torch.linalg.pinv(total / used, hermitian=True), count / count.sum())
+        scatter_DD = scatter_DD + (chosen - means[-1]).T @ (chosen - means[-1])
+        used += size
+    # The paper's mean of the covariances, each by its number of examples.
+    return GaussianClassifier(
+        torch.stack(means), torch.linalg.pinv(scatter_DD / used, hermitian=True), count / len(label_N)
+    )
 
 
-def minimum_covariance_determinant(feature_nD: Tensor, support: float, rng: torch.Generator) -> Tensor:
-    """Indices of the support·(n + D + 1) rows, at most n, whose covariance has the smallest determinant found.
+def densest(feature_nD: Tensor, size: int, seed: int) -> Tensor:
+    """Return a mask of the `size` rows whose covariance has the smallest determinant that fast MCD finds.
 
-    From random subsets by C-steps (Rousseeuw & Van Driessen 1999): the rows next to the subset's mean, in its own
-    Mahalanobis distance, until they stay; no step makes the determinant larger.
+    The search is blind to the features' coordinates, but in those of scikit-learn it stops at its first subset where
+    any has no variance: it is given the principal components that have one, at unit scale.
     """
-    n, D = feature_nD.shape
-    size, best, smallest = _size(n, D, support), torch.arange(n), torch.inf
-    for _ in range(STARTS):
-        chosen = torch.randperm(n, generator=rng)[:size].sort().values.to(feature_nD.device)
-        for _ in range(MOST_STEPS):
-            subset = feature_nD[chosen]
-            away_nD = feature_nD - subset.mean(0)
-            precision_DD = torch.linalg.pinv(subset.T.cov(correction=0).reshape(D, D), hermitian=True)
-            nearest = ((away_nD @ precision_DD) * away_nD).sum(1).argsort(stable=True)[:size].sort().values
-            if torch.equal(nearest, chosen):
-                break
-            chosen = nearest
-        determinant = float(torch.logdet(feature_nD[chosen].T.cov(correction=0).reshape(D, D)).nan_to_num(-torch.inf))
-        if determinant < smallest:
-            best, smallest = chosen, determinant
-    return best
-
-
-def _size(n: int, D: int, support: float) -> int:
-    return min(int(support * (n + D + 1)), n)
+    if size == len(feature_nD):
+        return torch.ones(size, dtype=torch.bool)
+    left_nr, scale_r, _ = np.linalg.svd(feature_nD.numpy() - feature_nD.numpy().mean(0), full_matrices=False)
+    whitened_nr = left_nr[:, scale_r > 1e-9 * scale_r[0]] * len(feature_nD) ** 0.5
+    support_n = fast_mcd(whitened_nr, support_fraction=(size + 0.5) / len(feature_nD), random_state=seed)[2]
+    return torch.from_numpy(support_n)

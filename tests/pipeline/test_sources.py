@@ -97,5 +97,5 @@ def test_what_is_no_data_set_is_refused_in_one_line(data, named):
 
 
 def test_a_field_that_cannot_be_is_refused_as_elsewhere():
-    with pytest.raises(InputError, match="^size is 2 px: give 8 to 32"):
+    with pytest.raises(InputError, match=r"^size is 2 px: give 8 to 32"):
         sources.from_json({"kind": "Cifar", "size": 2})
