@@ -52,7 +52,8 @@ def _source(data: Any) -> Source:
 
 def _made(kind: Any, fields: Any) -> Any:
     # The type of a field says what its data are: those of a source, of another dataclass, of a tuple, or the value.
-    hints, values = get_type_hints(kind), {}
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
     for name, data in dict(fields).items():
         hint = hints.get(name)
         if isinstance(hint, type) and issubclass(hint, Source):

@@ -6,13 +6,12 @@ found elsewhere, by a sweep or in a file, changes it in the same way: through `o
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 import yaml
@@ -191,25 +190,31 @@ class Preset(NamedTuple):
 
 def preset(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None) -> Preset:
     """What --method and --recipe make of `recipe`; a mistake in them ends the program with status 2."""
-    first = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, usage="%(prog)s [--method METHOD | --recipe FILE] [OPTIONS]"
-    )
-    either = first.add_mutually_exclusive_group()
-    either.add_argument("--method", choices=METHODS, default="winnow", metavar="METHOD")
-    either.add_argument("--recipe", metavar="FILE")
-    chosen, rest = first.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        found = read_fields(chosen.recipe) if chosen.recipe else {}
-        method = found.pop("method", chosen.method)
-        if method not in METHODS:
-            raise InputError(f"{chosen.recipe} names the method {method!r}: choose one of {', '.join(METHODS)}")
+        (method, found), rest = tyro.cli(_start, args=arguments, return_unknown_args=True, add_help=False)
     except InputError as error:
-        first.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     about = (
         f"{(recipe.__doc__ or '').strip()}\n\n--method METHOD sets the objective before all else: {', '.join(METHODS)}."
         "\n--recipe FILE sets it and some fields as a sweep found them, such as its best.yaml; a path or URL."
     )
     return Preset(method, override(recipe(method), found), rest, about)
+
+
+_EITHER = tyro.conf.create_mutex_group(required=False)
+
+
+def _start(
+    method: Annotated[str, _EITHER] = "winnow", recipe: Annotated[str, _EITHER] = ""
+) -> tuple[str, dict[str, Any]]:
+    # A method's name, and fields by dotted path, for tyro to call.
+    found = read_fields(recipe) if recipe else {}
+    method = found.pop("method", method)
+    if method not in METHODS:
+        named = f"{recipe} names the method {method!r}" if recipe else f"--method is {method!r}"
+        raise InputError(f"{named}: choose one of {', '.join(METHODS)}")
+    return method, found
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

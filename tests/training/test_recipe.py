@@ -318,4 +318,4 @@ def test_a_bad_file_of_fields_is_refused(tmp_path, capsys, text, told):
 
 
 def test_a_file_and_a_method_exclude_each_other(capsys):
-    assert "not allowed with" in refusal(["--recipe", "a.yaml", "--method", "paper"], capsys)
+    assert "are not allowed together" in refusal(["--recipe", "a.yaml", "--method", "paper"], capsys)
