@@ -13,10 +13,13 @@ demo: install            ## train on digits with 80 % label noise: cross-entropy
 test: install            ## all tests; no GPU, no network, no data needed
 	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest
 
-lint: install            ## style, import borders, types
+lint: install            ## style, types, import borders, declared packages, length and branches of functions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/lizard -l python -L 60 -C 15 -w pipeline training tuning
 
 docs: install            ## the documentation site, into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
@@ -34,4 +37,4 @@ constraints:             ## resolve constraints.txt anew, for the oldest Python 
 		--no-annotate --no-header --no-emit-index-url pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
@@ -133,8 +134,6 @@ def configuration(address: str) -> Row:
 @contextlib.contextmanager
 def cluster(scratch: str) -> Iterator[None]:
     """The head, with the autoscaler; all processes are gone in the end."""
-    import psutil  # part of Ray, found once that is imported
-
     address = f"{get_node_ip_address()}:{free_port()}"
     file = Path(scratch, "autoscaling.json")
     file.write_text(json.dumps(configuration(address)))

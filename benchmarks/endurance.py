@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 import tyro
@@ -110,7 +111,6 @@ def watch(folder: str, samples: list[Sample], finished: threading.Event) -> None
 
 def memory() -> Sample:
     """MB in use, by role."""
-    import psutil  # part of Ray, found once that is imported
 
     def own(process: Any) -> float:
         held = process.memory_info()

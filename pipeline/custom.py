@@ -263,18 +263,18 @@ def _absolute(parent: str, uri: str) -> str:
     return uri if "://" in uri or uri.startswith("/") else storage.join(parent, uri)
 
 
+def _label(label: Any, where: Callable[[int], str], row: int) -> str | int:
+    if isinstance(label, float) and label.is_integer():  # whole numbers that once had a gap among them
+        label = int(label)
+    name = label.strip() if isinstance(label, str) else label
+    if name == "" or not isinstance(name, (str, int)) or isinstance(name, bool):
+        raise InputError(f"{where(row)}: label {label!r} is no name or whole number: fill it in, or remove the row")
+    return name
+
+
 def _fill(found: _Rows, columns: dict[str, list[Any]], where: Callable[[int], str], default: str) -> None:
     # Labels and splits of a table's rows.
-    for row, label in enumerate(columns["label"]):
-        if isinstance(label, float) and label.is_integer():  # whole numbers that once had a gap among them
-            label = int(label)
-        if (
-            not isinstance(label, (str, int))
-            or isinstance(label, bool)
-            or (isinstance(label, str) and not label.strip())
-        ):
-            raise InputError(f"{where(row)}: label {label!r} is no name or whole number: fill it in, or remove the row")
-        found.labels.append(label.strip() if isinstance(label, str) else label)
+    found.labels.extend(_label(label, where, row) for row, label in enumerate(columns["label"]))
     count = len(found.labels)
     found.splits = [default if split is None else _split(str(split)) for split in columns.get("split", [None] * count)]
     for row, trusted in enumerate(columns.get("trusted", [])):

@@ -1,13 +1,10 @@
-"""The rooms' borders: who may import whom, and names that shadow nobody."""
+"""What importing loads, and names that shadow nobody. Who may import whom is in pyproject.toml, for lint-imports."""
 
-import ast
 import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "training", "tuning")
@@ -33,40 +30,6 @@ def test_objectives_and_networks_know_no_ray():
     assert "torch" in loaded
     assert "ray" not in loaded
     assert "timm" not in loaded  # seconds to import: only where a timm network is asked for
-
-
-def test_the_pipeline_s_pure_modules_know_neither_torch_nor_ray():
-    names = {file.stem for file in (ROOT / "pipeline").glob("[!_]*.py")} - {
-        "stream",
-        "shards",
-        "job",
-        "compute",
-        "keyed",
-        "census",
-    }
-    assert {"dataset", "plan", "views", "check", "webvision", "unlabelled", "predictions"} <= names
-    loaded = loaded_after_importing([f"pipeline.{name}" for name in sorted(names)])
-    assert "numpy" in loaded
-    assert not loaded & {"torch", "ray"}
-
-
-def imported(file: Path) -> set[str]:
-    """Dotted names that a file imports anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize(("room", "above"), [("pipeline", {"training", "tuning"}), ("training", {"tuning"})])
-def test_no_room_imports_one_above_it(room, above):
-    files = list((ROOT / room).rglob("*.py"))
-    assert len(files) > 5
-    for file in files:
-        assert not {name.partition(".")[0] for name in imported(file)} & above, file
 
 
 def test_no_module_shadows_a_standard_or_installed_one():

@@ -34,6 +34,7 @@ from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_ind
 from pipeline.job import Progress, Record
 from pipeline.predictions import Predictions
 from training.recipe import source_of
+from training.runs import recipe_file
 
 LABELS = "audit/labels.parquet"  # in a run's folder: a row an audited id
 AUDITED = {
@@ -151,16 +152,7 @@ def clean(request: Request, console: Console | None = None) -> Index:
 def read_audit(run: str, classes: int) -> Audit:
     """The audit of a run. Raises InputError where there is none, or none that can be used."""
     url = storage.join(run, LABELS)
-    fs, path = storage.connect(url)
-    try:
-        with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
-            table = pq.ParquetFile(file).read(list(AUDITED))
-    except FileNotFoundError:
-        raise InputError(f"no {LABELS} in {run}: make it first, python -m training.audit {run}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{url} cannot be read ({type(error).__name__}): audit the run again") from None
-    if missing := [name for name in AUDITED if name not in table.column_names]:
-        raise InputError(f"{url} has no column {', '.join(missing)}: audit the run again")
+    table = _audited(run, url)
     order = np.argsort(table["id"].to_numpy())
     column = {name: table[name].to_numpy()[order].astype(kind) for name, kind in AUDITED.items()}
     if not len(table) or (np.diff(column["id"]) == 0).any():
@@ -174,6 +166,20 @@ def read_audit(run: str, classes: int) -> Audit:
     chunks = [slice(start, start + CHUNK_ROWS) for start in range(0, len(table), CHUNK_ROWS)]
     refs = [ray.put({name: values[chunk] for name, values in column.items()}) for chunk in chunks]
     return Audit(len(table), digest.hexdigest(), column["id"][::CHUNK_ROWS].copy(), refs)
+
+
+def _audited(run: str, url: str) -> pa.Table:
+    fs, path = storage.connect(url)
+    try:
+        with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
+            table = pq.ParquetFile(file).read(list(AUDITED))
+    except FileNotFoundError:
+        raise InputError(f"no {LABELS} in {run}: make it first, python -m training.audit {run}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url} cannot be read ({type(error).__name__}): audit the run again") from None
+    if missing := [name for name in AUDITED if name not in table.column_names]:
+        raise InputError(f"{url} has no column {', '.join(missing)}: audit the run again")
+    return table
 
 
 def clean_shard(
@@ -236,11 +242,7 @@ def _make(
 
 def _require_shards(run: str) -> None:
     """Raise InputError where the run's data set is read whole, without shards."""
-    fs, path = storage.connect(run)
-    try:
-        source = source_of(json.loads(storage.read(fs, storage.join(path, "recipe.json")))["dataset"])
-    except FileNotFoundError:
-        raise InputError(f"no recipe.json in {run}: give the folder of an audited run") from None
+    source = source_of(recipe_file.read(run)["dataset"])
     source = source.source if isinstance(source, HeldOut) else source  # a sweep's trial
     if not isinstance(source, Sharded):
         raise InputError(

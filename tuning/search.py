@@ -79,12 +79,7 @@ def run(
         soft_wrap=True,
     )
     searched_in = time.monotonic() - started
-    seeds = range(sweep.recipe.seed, sweep.recipe.seed + sweep.seeds)
-    finals = [replace(recipe, name=f"best-seed-{seed}", storage=sweep.folder, seed=seed) for seed in seeds]
-    tests = [launch.run(final, console).top1 for final in finals]
-    if tests:
-        listed = ", ".join(f"{100 * test:.2f}" for test in tests)
-        console.print(f"test top-1 of the best recipe, seeds {seeds[0]} to {seeds[-1]}: {listed} %", highlight=False)
+    tests = _tested(recipe, sweep, console)
     result = {
         "trials": len(tried),
         "best_trial": best.name,
@@ -92,10 +87,21 @@ def run(
         "steps": spent,
         "steps_without_early_stopping": budget,
         "seconds": round(searched_in, 1),  # since the last start
-        "test_top1": tests,
-        "seeds": list(seeds),
+        "test_top1": list(tests.values()),
+        "seeds": list(tests),
     }
     outcome.write_result(result, sweep.folder)
+
+
+def _tested(recipe: Recipe, sweep: Sweep, console: Console) -> dict[int, float]:
+    """Train the best recipe on each of the sweep's seeds, now with its test set; return top-1 there by seed."""
+    seeds = range(sweep.recipe.seed, sweep.recipe.seed + sweep.seeds)
+    finals = {seed: replace(recipe, name=f"best-seed-{seed}", storage=sweep.folder, seed=seed) for seed in seeds}
+    tests = {seed: launch.run(final, console).top1 for seed, final in finals.items()}
+    if tests:
+        listed = ", ".join(f"{100 * test:.2f}" for test in tests.values())
+        console.print(f"test top-1 of the best recipe, seeds {seeds[0]} to {seeds[-1]}: {listed} %", highlight=False)
+    return tests
 
 
 # ---- before it starts ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import fsspec
+import psutil
 import pytest
 from safetensors.torch import load
 
@@ -68,8 +69,6 @@ class Cluster:
 
     def kill(self) -> None:
         """End all processes of all nodes."""
-        import psutil  # part of Ray, found once that is imported
-
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("HOME") == self.home:

@@ -240,7 +240,7 @@ def test_an_audit_that_does_not_fit_is_refused(data, tmp_path, change: Callable[
 def test_what_is_not_there_is_refused(data, run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match=r"no recipe.json in .*empty: give the folder of an audited run"):
+    with pytest.raises(InputError, match=r"empty has no recipe.json: give the folder of a run"):
         clean.clean(Request(str(empty), data, f"{tmp_path}/out"), quiet())
     (empty / "recipe.json").write_text('{"dataset": {"kind": "Digits"}}')
     with pytest.raises(InputError, match=r"was trained on Digits, which has no shards .*: its .* in .*labels.parquet"):
