@@ -50,7 +50,7 @@ class Archive:
     others: dict[str, Place | bytes] = field(default_factory=dict)  # all other files: lists, and what nobody asks for
     tars: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, bytes of the tars in a tar
     unsafe: list[tuple[str, str]] = field(default_factory=list)  # members that are never used: name, reason
-    refused: str = ""  # why nothing of it can be used, and the mend, in one line
+    refused: str = ""  # why nothing of it can be used, and the fix, in one line
 
     @property
     def home(self) -> str:

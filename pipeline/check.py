@@ -80,7 +80,7 @@ def check(layout: Layout | CifarFiles, url: str, sample: int = 200) -> Report:
         return Report(tuple(_of_cifar(layout, url)))
     listing = layout.listing(url, look_around=True)
     findings = [*_of_counts(listing), *_of_classes(listing), *_of_files(listing), *_of_images(listing, sample)]
-    # A layout may know a better mend for what is found here too: the same words are said once, by the layout.
+    # A layout may know a better fix for what is found here too: the same words are said once, by the layout.
     unique = {finding.what: finding for finding in (*findings, *listing.findings)}
     return Report(tuple(unique.values()), listing)
 
@@ -111,8 +111,8 @@ def _of_count(split: str, count: int, published: int | None) -> Finding:
         return Finding("ok", f"{split}: {count:,} images")
     if count == published:
         return Finding("ok", f"{split}: {count:,} images, as published")
-    mend = "copy the lists again, or go on if you mean to use other images"
-    return Finding("warning", f"{split}: {count:,} images, {published:,} are published", mend)
+    fix = "copy the lists again, or go on if you mean to use other images"
+    return Finding("warning", f"{split}: {count:,} images, {published:,} are published", fix)
 
 
 def _of_classes(listing: Listing) -> Iterator[Finding]:
@@ -120,15 +120,15 @@ def _of_classes(listing: Listing) -> Iterator[Finding]:
     train_K, probe_K = (_per_class(listing, split) for split in ("train", "probe"))
     yield Finding("ok", f"{len(names):,} classes")
     if not train_K.all():
-        mend = "check the lists, or take these classes out"
-        yield Finding("warning", f"no training image of {_some_classes(names, train_K == 0)}", mend)
+        fix = "check the lists, or take these classes out"
+        yield Finding("warning", f"no training image of {_some_classes(names, train_K == 0)}", fix)
     filled_K = train_K[train_K > 0]
     if len(filled_K):
         uneven = filled_K.max() > IMBALANCE * filled_K.min()
         yield Finding("note" if uneven else "ok", f"train: {_spread(filled_K)} images a class")
     if not probe_K.all():
-        mend = "give at least one of each: the method learns from them which labels are wrong"
-        yield Finding("error", f"no trusted image of {_some_classes(names, probe_K == 0)}", mend)
+        fix = "give at least one of each: the method learns from them which labels are wrong"
+        yield Finding("error", f"no trusted image of {_some_classes(names, probe_K == 0)}", fix)
     if probe_K.any():
         yield Finding("ok", f"probe: {_spread(probe_K)} trusted images a class")
 
@@ -174,8 +174,8 @@ def _of_images(listing: Listing, sample: int) -> Iterator[Finding]:
         reasons = "; ".join(f"{len(keys)} {reason} ({keys[0]})" for reason, keys in rejected.items())
         share = count / len(rows)
         what = f"{count} of {len(rows)} sampled images cannot be used: {reasons}"
-        mend = f"copy them again; ingest stops where more than {REJECT:.0%} of all are unusable (--reject)"
-        yield Finding("error" if share > REJECT else "warning", what, mend)
+        fix = f"copy them again; ingest stops where more than {REJECT:.0%} of all are unusable (--reject)"
+        yield Finding("error" if share > REJECT else "warning", what, fix)
     elif len(rows):
         yield Finding("ok", f"{len(rows)} sampled images are whole")
     if short_sides:
@@ -216,10 +216,10 @@ def show(report: Report, console: Console) -> None:
     for heading in ("", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for finding in report.findings:
-        table.add_row(Text(*MARKS[finding.level]), Text(finding.what), Text(finding.mend))
+        table.add_row(Text(*MARKS[finding.level]), Text(finding.what), Text(finding.fix))
     console.print(table)
     errors, warnings = report.count("error"), report.count("warning")
-    verdict = f"{errors} to mend first" if errors else "ready"
+    verdict = f"{errors} to fix first" if errors else "ready"
     mark, colour = MARKS["error" if errors else "ok"]
     console.print(Text(f"{mark} {verdict}, {warnings} warnings", colour))
 

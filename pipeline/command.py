@@ -70,7 +70,7 @@ def parse(
 
 
 def guarded(work: Callable[[], int | None]) -> None:
-    """End the program with the status that `work` returns; what the user can mend ends it with one line."""
+    """End the program with the status that `work` returns; what the user can fix ends it with one line."""
     try:
         sys.exit(work())
     except (InputError, ConnectionError, ModuleNotFoundError) as error:

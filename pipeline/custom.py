@@ -126,8 +126,8 @@ def _probe_checked(listing: Listing) -> Listing:
     if not missing:
         return listing
     what = f"no trusted image of {len(missing)} of {len(listing.class_names)} classes ({', '.join(missing[:5])})"
-    mend = "give at least one of each: in a folder probe/, a column trusted, or a list by --trusted"
-    return replace(listing, findings=(*listing.findings, Finding("error", what, mend)))
+    fix = "give at least one of each: in a folder probe/, a column trusted, or a list by --trusted"
+    return replace(listing, findings=(*listing.findings, Finding("error", what, fix)))
 
 
 def _classes(labels: Sequence[Label], names_only: bool, url: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -211,7 +211,7 @@ def _csv_columns(url: str) -> tuple[dict[str, list[Any]], Callable[[int], str]]:
             lines.append(reader.line_num)
             values.append(line)
     except csv.Error as error:
-        raise InputError(f"{url}, line {reader.line_num} is not CSV ({error}): mend the line") from None
+        raise InputError(f"{url}, line {reader.line_num} is not CSV ({error}): fix the line") from None
     columns = zip(*values, strict=True) if values else ([] for _ in header)
     return dict(zip(header, map(list, columns), strict=True)), lambda row: f"{url}, line {lines[row]}"
 
@@ -375,12 +375,12 @@ def _trust(url: str, found: _Rows, class_names: tuple[str, ...], label_N: np.nda
             continue
         row = row_of.get(key, row_of.get(_absolute(url.rpartition("/")[0], key)))
         if row is None:
-            raise InputError(f"{where}: {key} names no image of the data set: mend the list")
+            raise InputError(f"{where}: {key} names no image of the data set: fix the list")
         if found.splits[row] not in ("train", "probe"):
             raise InputError(f"{where}: {key} is in the evaluation set {found.splits[row]}: take it out of the list")
         number = label_N[row] if label is None else number_of.get(label)
         if number is None:
-            raise InputError(f"{where}: no class is called {label}: mend the list")
+            raise InputError(f"{where}: no class is called {label}: fix the list")
         if given.setdefault(row, number) != number:
             raise InputError(f"{where}: {key} has another label further up: choose one")
     for row, number in given.items():

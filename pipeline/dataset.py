@@ -22,7 +22,7 @@ HELD_OUT_DRAW = 4  # no other draw of a data set has this number
 
 
 class InputError(ValueError):
-    """What the user gave cannot work. The message is one line: the thing, and the mend."""
+    """What the user gave cannot work. The message is one line: the thing, and the fix."""
 
 
 class Split(Protocol):

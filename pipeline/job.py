@@ -34,7 +34,7 @@ Record = dict[str, Any]
 T = TypeVar("T")
 
 
-class Progress:
+class JobProgress:
     """Images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
@@ -46,7 +46,7 @@ class Progress:
         self.bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("images", total=total, completed=done, text="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> JobProgress:
         self.bar.start()
         return self
 

@@ -22,7 +22,7 @@ def reduce_by_key(
     """What `reduce` makes of the rows that `read` makes of `tasks`, `rows` in all, table by table.
 
     All rows of a key (a column of whole numbers) come to one call of `reduce`, in any order, with those of other keys:
-    about TASK_ROWS a call. Empty tables are left out. Raises what `read` and `reduce` raise for the user to mend.
+    about TASK_ROWS a call. Empty tables are left out. Raises what `read` and `reduce` raise for the user to fix.
     """
     job.settings(ordered=True)
     partitions = max(1, -(-rows // TASK_ROWS))

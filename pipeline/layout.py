@@ -42,7 +42,7 @@ class Finding:
 
     level: Literal["ok", "note", "warning", "error"]
     what: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def settle(listing: Listing) -> Listing:
     for rank, split in enumerate(splits):
         mine = rank_N[again] == rank
         if twice := len(np.unique(id_N[again[mine & same_split & ~torn]])):
-            findings.append(Finding("warning", f"{split} lists {twice:,} images twice", "kept once; mend the list"))
+            findings.append(Finding("warning", f"{split} lists {twice:,} images twice", "kept once; fix the list"))
         if count := len(np.unique(id_N[again[mine & two_labels]])):
             example = key[int(again[mine & two_labels][0])]
             findings.append(

@@ -27,7 +27,7 @@ from pipeline import command, job, storage
 from pipeline.dataset import InputError
 from pipeline.images import Rejected, check_image
 from pipeline.index import Index
-from pipeline.job import Progress, Record
+from pipeline.job import JobProgress, Record
 from pipeline.layout import Layout, Listing
 from pipeline.raw import fetch
 
@@ -66,8 +66,8 @@ def ingest(layout: Layout, url: str, options: Options, console: Console | None =
     listing = layout.listing(url)
     for finding in listing.findings:
         if finding.level == "error":
-            raise InputError(f"{finding.what}: {finding.mend}")
-        console.print(f"{finding.level}: {finding.what}: {finding.mend}", highlight=False, soft_wrap=True)
+            raise InputError(f"{finding.what}: {finding.fix}")
+        console.print(f"{finding.level}: {finding.what}: {finding.fix}", highlight=False, soft_wrap=True)
     tasks = plan_shards(listing.table)
     made_of = _digest(tasks, listing, layout, options)
     if index := job.whole(options.out, made_of):
@@ -138,7 +138,7 @@ def _make(
     ]
     if not left:
         return
-    with Progress(total, before, console) as progress:
+    with JobProgress(total, before, console) as progress:
         for record in job.make(left, make_shard, (options.out, options.short_side, made_of, classes)):
             done[record["name"]] = record
             rejected += record["rejected"]
@@ -151,7 +151,7 @@ def _require_few(rejected: list[dict[str, Any]], total: int, options: Options) -
         some = ", ".join(f"{each['key']} ({each['reason']})" for each in rejected[:EXAMPLES])
         raise InputError(
             f"{len(rejected):,} of {total:,} images cannot be used, more than {options.reject:.1%}: {some}: "
-            "mend the data or raise --reject; finished shards are kept"
+            "fix the data or raise --reject; finished shards are kept"
         )
 
 

@@ -1,6 +1,6 @@
 """Files on any fsspec URL, local or in the cloud: read, write and commit, with one policy for what fails.
 
-What a second try may mend is tried again. What it cannot mend is one line at once, for the person who can. Drivers'
+What a second try may fix is tried again. What it cannot fix is one line at once, for the person who can. Drivers'
 own messages are not passed on: they run over many lines, and may hold signed query strings.
 """
 

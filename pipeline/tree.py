@@ -32,7 +32,7 @@ class Tree:
     is_folder: bool
     archives: tuple[Archive, ...]
     unsafe: list[tuple[str, str]]  # names that are never used: where, and the reason
-    unread: list[str]  # archives that cannot be used, one line each, with the mend
+    unread: list[str]  # archives that cannot be used, one line each, with the fix
     fs: Any = field(repr=False)
     path: str = field(repr=False)
 

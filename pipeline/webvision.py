@@ -71,12 +71,12 @@ class WebVision(Layout):
         if any(file for file, *_ in places):
             tables.append(rows(self.name, "val", keys, label_N, places))
         else:
-            mend = f"copy {' or '.join(_VAL_FOLDERS)} (or its tar) there for the evaluation set val"
-            findings.append(Finding("warning", f"no validation images in {tree.url}", mend))
+            fix = f"copy {' or '.join(_VAL_FOLDERS)} (or its tar) there for the evaluation set val"
+            findings.append(Finding("warning", f"no validation images in {tree.url}", fix))
         evaluation = imagenet.validation(other, kept, wnids)
         if evaluation is None:
-            mend = "copy val/ (or ILSVRC2012_img_val.tar) there for the evaluation set imagenet"
-            findings.append(Finding("warning", f"no validation images in {other.url}", mend))
+            fix = "copy val/ (or ILSVRC2012_img_val.tar) there for the evaluation set imagenet"
+            findings.append(Finding("warning", f"no validation images in {other.url}", fix))
         else:
             tables.append(rows(imagenet.ROOT, "imagenet", evaluation.keys, evaluation.label_N, evaluation.places))
 

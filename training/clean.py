@@ -31,7 +31,7 @@ from rich.console import Console
 from pipeline import command, compute, job, predictions, storage
 from pipeline.dataset import HeldOut, InputError
 from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index
-from pipeline.job import Progress, Record
+from pipeline.job import JobProgress, Record
 from pipeline.predictions import Predictions
 from training.recipe import source_of
 from training.runs import recipe_file
@@ -233,7 +233,7 @@ def _make(
     if not tasks:
         return
     before, count = (sum(record[name] for record in done.values()) for name in ("listed", "corrected"))
-    with Progress(sum(shard.rows for shard in index.shards), before, console) as progress:
+    with JobProgress(sum(shard.rows for shard in index.shards), before, console) as progress:
         for record in job.make(tasks, clean_shard, arguments):
             done[record["name"]] = record
             count += record["corrected"]

@@ -52,7 +52,7 @@ def export(request: Request, console: Console | None = None) -> float:
     """Write the model; returns the largest difference of logits, relative to the largest logit.
 
     Raises InputError for a model that cannot be read or written as ONNX, and for a difference above the tolerance:
-    then nothing is written. Raises ModuleNotFoundError, naming the mend, where the ONNX packages are missing.
+    then nothing is written. Raises ModuleNotFoundError, naming the fix, where the ONNX packages are missing.
     """
     console = console or Console()
     _require_packages()

@@ -70,7 +70,7 @@ def main(recipe: Callable[[str], Recipe]) -> None:
 
 
 def guarded(work: Callable[[], Any]) -> None:
-    """Do `work`; what the user can mend ends the program with one line instead of a traceback."""
+    """Do `work`; what the user can fix ends the program with one line instead of a traceback."""
     try:
         work()
     except (

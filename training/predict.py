@@ -25,7 +25,7 @@ from rich.console import Console
 
 from pipeline import command, compute, job, predictions
 from pipeline.dataset import InputError
-from pipeline.job import Progress
+from pipeline.job import JobProgress
 from pipeline.predictions import Predictions
 from pipeline.unlabelled import Images, open_images, views_of
 from training.engine.batch import normalised
@@ -140,7 +140,7 @@ def _predict(
         )
     )
     rejected, lengths = 0, [len(about.rows_of(part)) for part in left]
-    with Progress(about.rows, about.rows - sum(lengths), console) as progress:
+    with JobProgress(about.rows, about.rows - sum(lengths), console) as progress:
         blocks = _shown(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")), progress)
         for part, table in zip(left, predictions.regrouped(blocks, lengths), strict=True):
             rows = about.rows_of(part)
@@ -151,7 +151,7 @@ def _predict(
     return rejected
 
 
-def _shown(blocks: Iterator[pa.Table], progress: Progress) -> Iterator[pa.Table]:
+def _shown(blocks: Iterator[pa.Table], progress: JobProgress) -> Iterator[pa.Table]:
     for block in blocks:
         progress.advance(len(block))
         yield block

@@ -136,7 +136,7 @@ def test_every_planted_fault_is_found(clothing, plant, level, message):
     found = [finding for finding in after.findings if re.search(message, finding.what)]
     assert len(found) == 1, after.findings
     assert re.fullmatch(level, found[0].level)
-    assert found[0].mend
+    assert found[0].fix
     new = set(said(after, "warning", "error")) - set(said(before, "warning", "error"))
     assert new <= {found[0].what} | {what for what in new if "are published" in what}
 
@@ -147,7 +147,7 @@ def test_a_label_out_of_range_ends_the_check(clothing, capsys):
     with pytest.raises(InputError, match=r"noisy_label_kv.txt, line \d+: .* a label of 0…13"):
         check(Clothing1M(), str(clothing))
     assert main(["clothing1m", str(clothing)]) == 1
-    assert "✗ 1 to mend first" in capsys.readouterr().out
+    assert "✗ 1 to fix first" in capsys.readouterr().out
 
 
 def test_imbalance_is_noted(tmp_path):
@@ -167,7 +167,7 @@ def test_what_a_layout_says_too_is_said_once(tmp_path):
     report = check(Custom(), str(tmp_path))
     told = [finding for finding in report.findings if "no trusted image" in finding.what]
     assert [finding.what for finding in told] == ["no trusted image of 3 of 3 classes (class0, class1, class2)"]
-    assert "--trusted" in told[0].mend
+    assert "--trusted" in told[0].fix
 
 
 def test_parquet_is_sampled_in_runs(tmp_path):
@@ -229,7 +229,7 @@ def test_exit_statuses_and_the_verdict(clothing, capsys):
     assert "! train: 84 images" in " ".join(out.split())
     take_trust(clothing)
     assert main(["clothing1m", str(clothing), "--sample", "0"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "✗ 1 to mend first, 4 warnings"
+    assert capsys.readouterr().out.splitlines()[-1] == "✗ 1 to fix first, 4 warnings"
     assert main(["clothing1m", "nowhere://x"]) == 1
     assert "its scheme is unknown" in " ".join(capsys.readouterr().out.split())
 

@@ -313,8 +313,8 @@ def test_lines_of_a_table_without_a_label_are_passed_over(folder):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"cat/a b.jpg\ncat/none.jpg\n", "list, line 2: cat/none.jpg names no image of the data set: mend the list"),
-        (b"uri,label\ncat/a b.jpg,bird\n", "list, line 2: no class is called bird: mend the list"),
+        (b"cat/a b.jpg\ncat/none.jpg\n", "list, line 2: cat/none.jpg names no image of the data set: fix the list"),
+        (b"uri,label\ncat/a b.jpg,bird\n", "list, line 2: no class is called bird: fix the list"),
         (
             b"uri,label\ncat/a b.jpg,cat\ncat/a b.jpg,dog\n",
             "line 3: cat/a b.jpg has another label further up: choose one",

@@ -53,7 +53,7 @@ def test_without_food_101_there_is_no_test_set(tmp_path):
     assert_same(listing.table, written)
     assert listing.expected.keys() == {"train"}
     (finding,) = [finding for finding in listing.findings if "evaluation set" in finding.what]
-    assert (finding.level, finding.mend) == ("warning", "give --food101, the URL of Food-101")
+    assert (finding.level, finding.fix) == ("warning", "give --food101, the URL of Food-101")
 
 
 def test_one_file_name_under_two_classes_is_two_images(tmp_path):

@@ -5,14 +5,14 @@ import io
 from rich.console import Console
 
 from pipeline import job
-from pipeline.job import Progress
+from pipeline.job import JobProgress
 
 
 def test_speed_and_time_left_count_from_the_first_results(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(job.time, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=200)
-    with Progress(1000, 100, console) as progress:
+    with JobProgress(1000, 100, console) as progress:
         for seconds, count, note in [(60, 50, ""), (5, 100, ""), (0.5, 0, "3 rejected"), (11, 150, "3 rejected")]:
             clock[0] += seconds
             progress.advance(count, note)

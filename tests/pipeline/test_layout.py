@@ -99,7 +99,7 @@ def test_what_is_listed_twice_is_kept_once_and_what_has_two_labels_not_at_all():
     settled = settle(listing(*images, ("val", "v", 0), ("val", "v", 1), ("train", "v", 1)))
     assert images_of(settled) == [("train", "a", 0), ("train", "c", 1)]
     assert settled.findings == (
-        Finding("warning", "train lists 1 images twice", "kept once; mend the list"),
+        Finding("warning", "train lists 1 images twice", "kept once; fix the list"),
         Finding("warning", "train gives 1 images two labels (b)", "left out; choose one"),
         Finding("note", "1 images of train are in val too", "they stay in val only"),
         Finding("warning", "val gives 1 images two labels (v)", "left out; choose one"),
@@ -163,7 +163,7 @@ def test_what_a_tree_leaves_out_is_found(tmp_path):
     write(str(tmp_path), {"a.zip": zipped({"../a.jpg": b"", "../b.jpg": b""}), "b.tgz": tar({"a.jpg": b""}, "w:gz")})
     unread, unsafe = findings_of(Tree.open(str(tmp_path)))
     assert unread.what.endswith("b.tgz is compressed as a whole, so that no image in it can be read alone")
-    assert unread.mend.startswith("decompress it once (gzip -d")
+    assert unread.fix.startswith("decompress it once (gzip -d")
     assert unsafe.what == "2 files are never read (such as a.zip: '../a.jpg': its name leaves the folder)"
 
 

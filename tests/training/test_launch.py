@@ -265,8 +265,8 @@ def test_a_cuda_graph_without_a_gpu_is_refused(tmp_path, local_ray):
 
 def test_mistakes_end_a_script_with_one_line(tmp_path, capsys):
     def fail():
-        raise InputError("the thing is wrong: mend it")
+        raise InputError("the thing is wrong: fix it")
 
     with pytest.raises(SystemExit) as exit_status:
         launch.guarded(fail)
-    assert exit_status.value.code == "error: the thing is wrong: mend it"
+    assert exit_status.value.code == "error: the thing is wrong: fix it"

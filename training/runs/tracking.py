@@ -16,7 +16,7 @@ RUN_ID = "mlflow_run_id"  # file in the run's folder
 
 
 class Tracker:
-    """Logs rank 0's rows. Raises ModuleNotFoundError, naming the mend, where the tracker is not installed."""
+    """Logs rank 0's rows. Raises ModuleNotFoundError, naming the fix, where the tracker is not installed."""
 
     def __init__(self, recipe: Recipe, folder: str) -> None:
         self.kind = recipe.tracker

@@ -1,4 +1,4 @@
-"""Every tracker takes the same rows, offline; one that is not installed is named with its mend."""
+"""Every tracker takes the same rows, offline; one that is not installed is named with its fix."""
 
 from dataclasses import replace
 
