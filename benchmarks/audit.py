@@ -60,7 +60,7 @@ RANKINGS = ("self_confidence", "normalized_margin")  # cleanlab's default, and i
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run."""
+    """Say what is run."""
 
     data: str
     """Folder of CIFAR-10 in Parquet and its label arrays."""
@@ -76,7 +76,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one seed."""
+    """Hold one method on one seed."""
 
     method: str
     seed: int
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a method says of N labels."""
+    """Hold what a method says of N labels."""
 
     quality_N: np.ndarray  # the higher, the better the label
     sure_N: np.ndarray  # the higher, the surer the method is that `proposed_N` is better
@@ -104,7 +104,7 @@ class Opinion:
 
 
 def measured(opinion: Opinion, train: Examples) -> dict[str, Any]:
-    """The figures that need the truth."""
+    """Return the figures that need the truth."""
     assert train.true_label_N is not None
     wrong_N = train.label_N != train.true_label_N
     right_N = opinion.proposed_N == train.true_label_N
@@ -123,7 +123,7 @@ def measured(opinion: Opinion, train: Examples) -> dict[str, Any]:
 
 
 def of_audit(recipe: Recipe, console: Console) -> Opinion:
-    """The opinion of a `winnow` run's audit, examples in the order of their ids."""
+    """Return the opinion of a `winnow` run's audit, examples in the order of their ids."""
     folder = run(recipe, console).folder
     audit.audit(audit.Options(folder, recipe.data), console)
     table = pq.read_table(f"{folder}/{audit.LABELS}").sort_by("id")
@@ -134,14 +134,14 @@ def of_audit(recipe: Recipe, console: Console) -> Opinion:
 
 
 def of_cleanlab(train: Examples, probability_NK: np.ndarray, ranking: str) -> Opinion:
-    """The opinion of cleanlab with these out-of-sample probabilities."""
+    """Return the opinion of cleanlab with these out-of-sample probabilities."""
     quality_N = get_label_quality_scores(train.label_N, probability_NK, method=ranking)
     suspect_N = find_label_issues(train.label_N, probability_NK, n_jobs=1)
     return Opinion(quality_N, -quality_N, probability_NK.argmax(1), suspect_N)
 
 
 def cross_validated(recipe: Recipe, dataset: Dataset, folds: int, steps: int) -> np.ndarray:
-    """Probabilities of every training example, N×K, by a network that has trained `steps` steps on the other folds."""
+    """Return each training example's probabilities, N×K, by a network trained for `steps` steps on other folds."""
     train, probe = dataset.train, dataset.probe
     assert isinstance(train, Examples)
     rng = np.random.default_rng(recipe.seed)
@@ -165,20 +165,20 @@ def cross_validated(recipe: Recipe, dataset: Dataset, folds: int, steps: int) ->
 
 
 def noisy_batch(weak_BHWC: np.ndarray, label_B: np.ndarray, classes: int) -> Batch:
-    """A batch for cross-entropy, which looks at the weak views alone."""
+    """Return a batch for cross-entropy, which looks at the weak views alone."""
     weak_BCHW = normalised(torch.from_numpy(weak_BHWC))
     label = torch.from_numpy(label_B)
     return Batch(weak_BCHW, weak_BCHW, label, torch.arange(len(label)), weak_BCHW, label, (0,), classes)
 
 
 def predicted(state: TrainState, image_NHWC: np.ndarray) -> np.ndarray:
-    """Probabilities, N×K, in float64, whose rows add up to 1."""
+    """Return probabilities, N×K, in float64, whose rows add up to 1."""
     parts = [state.predict(normalised(part)) for part in torch.from_numpy(image_NHWC).split(500)]
     return torch.cat(parts).double().softmax(1).numpy()
 
 
 def flops_of_a_step(recipe: Recipe, classes: int) -> int:
-    """Floating-point operations of one step of the recipe's objective, counted by PyTorch."""
+    """Return the floating-point operations of one step of the recipe's objective, counted by PyTorch."""
     state = new_state(recipe, classes, recipe.batch, 1, torch.device("cpu"))
     size = recipe.dataset.views.test(np.zeros((16, 16, 3), np.uint8)).shape[0]
     image = np.zeros((recipe.batch, size, size, 3), np.uint8)
@@ -189,12 +189,12 @@ def flops_of_a_step(recipe: Recipe, classes: int) -> int:
 
 
 def spent(trainings: int, steps: int, flops: int, seconds: float) -> dict[str, Any]:
-    """What a method cost: `steps` of all its trainings, of `flops` each."""
+    """Return what a method cost: `steps` of all its trainings, of `flops` each."""
     return {"trainings": trainings, "steps": steps, "teraflops": round(flops * steps / 1e12, 2), "seconds": seconds}
 
 
 def compare(settings: Settings, seed: int, console: Console) -> list[Row]:
-    """Both sides on one seed."""
+    """Run both sides on one seed."""
     noise = Noise("labels", source=f"{settings.data}/cifar10_labels.npz:cifar10n_worse_label")
     with tempfile.TemporaryDirectory() as storage:
         recipe = small(settings.data, noise, "winnow", seed, settings.steps, storage)

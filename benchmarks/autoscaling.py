@@ -61,14 +61,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Paced(Objective):
-    """An objective that notes each step, and is slow from one on."""
+    """Note each step of an objective, and be slow from one on."""
 
     inner: Objective
     folder: str
 
     @property
     def average_parameters(self) -> bool:  # type: ignore[override]
-        """As of the objective inside."""
+        """Return what the objective inside says."""
         return self.inner.average_parameters
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
@@ -81,7 +81,7 @@ class Paced(Objective):
 
 
 def recipe(folder: str) -> Recipe:
-    """The run."""
+    """Return the run."""
     return Recipe(
         name="run",
         dataset=SlowDigits(folder=folder),
@@ -98,7 +98,7 @@ def recipe(folder: str) -> Recipe:
 
 
 def configuration(address: str) -> Row:
-    """The cluster of cluster/gcp.yaml in small."""
+    """Return the cluster of cluster/gcp.yaml in small."""
 
     def machine(label: str | None, most: int, cpus: int) -> Row:
         labels = {SUBCLUSTER: label} if label else {}
@@ -133,7 +133,7 @@ def configuration(address: str) -> Row:
 
 @contextlib.contextmanager
 def cluster(scratch: str) -> Iterator[None]:
-    """The head, with the autoscaler; all processes are gone in the end."""
+    """Run the head, with the autoscaler; all processes are gone in the end."""
     address = f"{get_node_ip_address()}:{free_port()}"
     file = Path(scratch, "autoscaling.json")
     file.write_text(json.dumps(configuration(address)))
@@ -183,7 +183,7 @@ def watch(folder: str, rows: list[Row], finished: threading.Event) -> None:
 
 
 def measure(scratch: str) -> list[Row]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     folder = f"{scratch}/run"
     os.mkdir(folder)
     rows: list[Row] = []
@@ -208,7 +208,7 @@ def measure(scratch: str) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Machines come and go with what a run needs.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     chosen = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ SAMPLING = 0.05  # s
 
 @dataclass(frozen=True)
 class TorchViews:
-    """A map-style data set of n items as PyTorch's users write it: PIL image → two float tensors."""
+    """Serve n items as a map-style data set, as PyTorch's users write it: PIL image → two float tensors."""
 
     images: Sequence[bytes]
     n: int
@@ -71,7 +71,7 @@ class TorchViews:
 
 
 def torch_dataloader(images: Sequence[bytes], cores: int) -> Iterator[float]:
-    """PIL, torchvision's transforms, float batches, one worker process a core."""
+    """Serve images by PIL, torchvision's transforms, float batches, one worker process a core."""
     from torch.utils.data import DataLoader  # in here: the other paths' memory is not to hold torch
     from torchvision import transforms as T
 
@@ -89,7 +89,7 @@ def torch_dataloader(images: Sequence[bytes], cores: int) -> Iterator[float]:
 
 
 def actor_code(images: Sequence[bytes], cores: int) -> Iterator[float]:
-    """What a CPU actor of the stream does, without Ray: decode once, both views, uint8 batches; one process."""
+    """Serve what a CPU actor of the stream makes, without Ray: decode once, both views, uint8 batches; one process."""
     views, turn = PhotoViews(), 0
     while True:
         start = time.perf_counter()
@@ -102,7 +102,7 @@ def actor_code(images: Sequence[bytes], cores: int) -> Iterator[float]:
 
 
 def ray_stream(shards: int, images: Sequence[bytes], cores: int) -> Iterator[float]:
-    """The training stream whole, as the training loop uses it: Parquet shards, one actor a core, two consumers.
+    """Serve the training stream whole, as the training loop uses it: Parquet shards, one actor a core, two consumers.
 
     Ray and its actors start anew every round, so that nothing is made ahead; the clock runs from the first batch on.
     """
@@ -124,7 +124,7 @@ def ray_stream(shards: int, images: Sequence[bytes], cores: int) -> Iterator[flo
 
 @ray.remote(num_cpus=0)
 def consume(shard: Any, plan: Plan, workers: int) -> list[float]:
-    """A training worker that does nothing but look: when each of its steps arrived."""
+    """Take what a training worker would, and return when each of its steps arrived."""
     times = []
     for step in plan.by_step(groups(shard, plan), workers):
         assert all(len(group["image"]) == 2 * plan.group for group in step)
@@ -133,7 +133,7 @@ def consume(shard: Any, plan: Plan, workers: int) -> list[float]:
 
 
 def in_shards(images: Sequence[bytes], folder: str, shards: int) -> Shards:
-    """`shards` shards of SHARD_IMAGES images each, the same ones again and again."""
+    """Return `shards` shards of SHARD_IMAGES images each, the same ones again and again."""
     made = []
     for number in range(shards):
         name = f"train-{number:05d}-of-{shards:05d}.parquet"
@@ -164,7 +164,7 @@ PATHS: dict[str, Callable[[Sequence[bytes], int], Iterator[float]]] = {
 
 
 def serve(path: str, images: Sequence[bytes], cores: int, connection: Connection) -> None:
-    """A path's process: a round for every message, until the other end is closed."""
+    """Serve as a path's process: a round for every message, until the other end is closed."""
     cv2.setNumThreads(1)
     rounds = PATHS[path](images, cores)
     with suppress(EOFError):
@@ -177,7 +177,7 @@ def serve(path: str, images: Sequence[bytes], cores: int, connection: Connection
 
 
 def photographs(folder: Path) -> list[bytes]:
-    """Real ones with a short side of 256 px."""
+    """Return real photographs with a short side of 256 px."""
     table = pq.ParquetFile(folder / "food101_slice.parquet").read_row_group(0, ["image_jpeg"]).slice(0, IMAGES)
     images = []
     for encoded in table["image_jpeg"].to_pylist():
@@ -189,7 +189,7 @@ def photographs(folder: Path) -> list[bytes]:
 
 
 def made_up() -> list[bytes]:
-    """Noise of all scales and a few shapes, 256×341 px: as many bytes as a photograph of this size."""
+    """Return noise of all scales and a few shapes, 256×341 px: as many bytes as a photograph of this size."""
     rng, width = np.random.default_rng(0), round(PHOTO_SHORT_SIDE * 4 / 3)
     images = []
     for _ in range(IMAGES):
@@ -205,14 +205,14 @@ def made_up() -> list[bytes]:
 
 
 def jpeg(image_HWC: np.ndarray) -> bytes:
-    """Encoded at quality 90."""
+    """Encode at quality 90."""
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def resident(pid: int) -> int:
-    """Bytes that a process and its descendants hold resident."""
+    """Return the bytes that a process and its descendants hold resident."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
@@ -225,7 +225,7 @@ def resident(pid: int) -> int:
 
 
 def planning(rows: int = 1_000_000) -> dict[str, float]:
-    """Seconds to plan an epoch of `rows` rows from the index, block by block, and to resume at 70 % of it."""
+    """Return the seconds to plan an epoch of `rows` rows from the index, block by block, and to resume at 70 %."""
     count = -(-rows // SHARD_ROWS)
     last = rows - (count - 1) * SHARD_ROWS
     sizes = [SHARD_ROWS] * (count - 1) + [last]
@@ -242,7 +242,7 @@ def planning(rows: int = 1_000_000) -> dict[str, float]:
 
 
 def measure(images: Sequence[bytes], cores: int, rounds: int) -> list[dict[str, Any]]:
-    """One row a path."""
+    """Return one row a path."""
     spawn = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     pids: dict[str, int] = {}
@@ -279,7 +279,7 @@ def measure(images: Sequence[bytes], cores: int, rounds: int) -> list[dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Images a second and core of two views, the usual way and ours.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--data", type=Path, help="folder of food101_slice.parquet; made-up images without")

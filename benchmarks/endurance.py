@@ -48,7 +48,7 @@ Sample = dict[str, float]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long a run."""
+    """Say how long a run is."""
 
     out: str
     """JSON file of the samples and slopes."""
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def tiny(settings: Settings, storage: str) -> Recipe:
-    """A step of some tens of milliseconds that does all that a step does."""
+    """Return a step of some tens of milliseconds that does all that a step does."""
     return Recipe(
         name="endurance",
         dataset=Digits(probe_per_class=2),
@@ -110,7 +110,7 @@ def watch(folder: str, samples: list[Sample], finished: threading.Event) -> None
 
 
 def memory() -> Sample:
-    """MB in use, by role."""
+    """Return MB in use, by role."""
 
     def own(process: Any) -> float:
         held = process.memory_info()
@@ -131,7 +131,7 @@ def memory() -> Sample:
 
 
 def slopes(samples: list[Sample], steps: int) -> dict[str, float]:
-    """MB in 1,000 steps of everything that most samples after the warm-up have."""
+    """Return MB in 1,000 steps of everything that most samples after the warm-up have."""
     # The last sample finds workers that are leaving.
     late = [sample for sample in samples if WARM_UP * steps <= sample["step"] < steps]
     found = {}

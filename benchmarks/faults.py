@@ -44,13 +44,13 @@ def note(folder: str, name: str, line: object) -> None:
 
 
 def notes(folder: str, name: str) -> list[str]:
-    """The lines of a note."""
+    """Return the lines of a note."""
     path = Path(folder, name)
     return path.read_text().splitlines() if path.exists() else []
 
 
 def once(folder: str) -> bool:
-    """Whether this is the first call for the run, in whatever process; notes the time of the fault."""
+    """Return whether this is the first call for the run, in whatever process; notes the time of the fault."""
     try:
         with open(f"{folder}/fault", "x") as file:
             file.write(f"{time.time()}")
@@ -66,7 +66,7 @@ def die(folder: str) -> None:
 
 
 def done(folder: str) -> int:
-    """The last step done so far; −1 for none."""
+    """Return the last step done so far; −1 for none."""
     return max((int(line.split()[0]) for line in notes(folder, "steps") if line), default=-1)
 
 
@@ -77,7 +77,7 @@ def note_place(folder: str, who: str) -> None:
 
 
 def ranks_started(folder: str, rank: int) -> int:
-    """How many processes have been worker `rank` of the run."""
+    """Return how many processes have been worker `rank` of the run."""
     return sum(line.startswith(f"rank {rank} ") for line in notes(folder, "places"))
 
 
@@ -86,7 +86,7 @@ def ranks_started(folder: str, rank: int) -> int:
 
 @dataclass(frozen=True)
 class SlowViews(DigitsViews):
-    """Views of digits that take as long as those of photographs, and let a fault strike."""
+    """Make views of digits that take as long as those of photographs, and let a fault strike."""
 
     fault: str
     folder: str
@@ -102,7 +102,7 @@ class SlowViews(DigitsViews):
 
 @dataclass(frozen=True)
 class SlowDigits(Digits):
-    """Digits with slow views."""
+    """Load digits with slow views."""
 
     fault: str = ""
     folder: str = ""
@@ -115,7 +115,7 @@ class SlowDigits(Digits):
 
 @dataclass(frozen=True)
 class EncodedDigits(Digits):
-    """Digits stored as PNG, one of them broken, or grey in its place."""
+    """Load digits stored as PNG, one of them broken, or grey in its place."""
 
     broken: bool = True
 
@@ -139,12 +139,12 @@ class EncodedDigits(Digits):
 
 
 def png(image_HW1: np.ndarray) -> bytes:
-    """A grey image's file."""
+    """Return a grey image's file."""
     return bytes(cv2.imencode(".png", image_HW1)[1].tobytes())
 
 
 def encoded(split: Split, instead: dict[int, bytes] | None = None) -> Examples:
-    """The examples with encoded images, some rows of them with other bytes `instead`."""
+    """Return the examples with encoded images, some rows of them with other bytes `instead`."""
     examples = split.take(np.arange(len(split)))
     files = [(instead or {}).get(row) or png(examples.image(row)) for row in range(len(examples))]
     return replace(examples, image_N=pa.array(files, pa.binary()))
@@ -202,13 +202,13 @@ def slow_down(folder: str, step: int, rank: int) -> None:
 
 
 def stand_alone(folder: str, step: int, rank: int) -> None:
-    """A worker left alone stands still until the run takes another in, which ends it."""
+    """Let a worker left alone stand still until the run takes another in, which ends it."""
     while step == ALONE_AT and ranks_started(folder, 1) < 2:
         time.sleep(0.1)
 
 
 def refuse_writes(folder: str, step: int, rank: int) -> None:
-    """Local files cannot be written, for a while: what stands for a full disk where nothing can be mounted."""
+    """Refuse to write local files, for a while: what stands for a full disk where nothing can be mounted."""
     if step != STRIKE or not Path(folder, "stand_in").exists():
         return
     once(folder)

@@ -31,7 +31,7 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run: every noise × method × seed."""
+    """Say what is run: every noise × method × seed."""
 
     data: str
     """Folder of CIFAR-10 in Parquet and its label arrays."""
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One run."""
+    """Hold one run."""
 
     noise: str
     noise_rate: float  # share of training labels really wrong
@@ -59,7 +59,7 @@ class Row:
 
 
 def small(data: str, noise: Noise, method: str, seed: int, steps: int, storage: str) -> Recipe:
-    """4,000 training images at 16 px, 100 trusted, WRN-10-1 (0.08 M parameters), B = M = 100, one cosine cycle."""
+    """Return a run on 4,000 images at 16 px, 100 trusted, WRN-10-1 (0.08 M parameters), B = M = 100, one cycle."""
     return Recipe(
         name=f"{noise.kind}-{method}-{seed}",
         dataset=Cifar(noise=noise, size=16, limit=4_000),
@@ -96,14 +96,14 @@ def main() -> None:
 
 
 def write(path: str, rows: list[Row]) -> None:
-    """The rows so far, with the machine they ran on."""
+    """Write the rows so far, with the machine they ran on."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     machine = f"CPU, {os.cpu_count()} cores"
     Path(path).write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def table(rows: list[Row]) -> Table:
-    """Mean ± standard deviation over seeds, a row a noise and a column a method."""
+    """Return mean ± standard deviation over seeds, a row a noise and a column a method."""
     methods = list(dict.fromkeys(row.method for row in rows))
     shown = Table("noise", "labels wrong", *methods, title="CIFAR-10 test accuracy (%)")
     for noise in dict.fromkeys(row.noise for row in rows):

@@ -53,7 +53,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained."""
+    """Say what is trained."""
 
     method: str
     batch: int
@@ -75,7 +75,7 @@ ROWS = (250_000, 500_000, 1_000_000, 2_000_000)  # at which memory is looked at
 
 
 def cost(work: Work, folder: str) -> Row:
-    """Medians of a step, an `add` and a flush, and the shares that the ledger has."""
+    """Return the medians of a step, an `add` and a flush, and the shares that the ledger has."""
     weak, strong, probe = torch.randn(3, work.batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     row_B = torch.arange(work.batch)
     label_B = row_B % work.classes
@@ -119,7 +119,7 @@ def cost(work: Work, folder: str) -> Row:
 
 
 def peak() -> int:
-    """Bytes of memory that this process had at its peak."""
+    """Return the bytes of memory that this process had at its peak."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -139,7 +139,7 @@ def fill(rows: Ledger, start: int, stop: int) -> int:
 
 
 def memory(folder: str, stops: Sequence[int]) -> Iterator[Row]:
-    """A row at each of these numbers of rows, and one for storage that refuses until the ledger gives up."""
+    """Yield a row at each of these numbers of rows, and one for storage that refuses until the ledger gives up."""
     before, rows, begun = peak(), Ledger(folder, rank=0), time.perf_counter()
     for start, stop in pairwise((0, *stops)):
         fill(rows, start, stop)
@@ -157,7 +157,7 @@ def _row(kind: str, rows: int, begun: float, before: int) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="What the ledger takes of time and memory.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     chosen = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ PD = "published: MentorNet DD, learned from other data, which is not here; ours:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the paper."""
+    """Hold one figure of the paper."""
 
     table: str
     dataset: str  # cifar10, cifar100, webvision-mini, webvision, food101n, clothing1m
@@ -33,12 +33,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name on the command line."""
+        """Return its name on the command line."""
         return ":".join(part for part in (self.table, self.dataset, self.noise, self.row) if part)
 
 
 def cells() -> list[Cell]:
-    """Every figure of the paper's tables, the runs behind its figures 2 to 4, and table A, which is ours."""
+    """Return every figure of the paper's tables, the runs behind its figures 2 to 4, and table A, which is ours."""
     return [*_tables_1_and_2(), *_table_3(), *_table_4(), *_table_5(), *_tables_6_and_7(), *_table_8(), *_table_9(),
             *_figures(), *_everything()]  # fmt: skip
 
@@ -189,7 +189,7 @@ def _figures() -> Iterator[Cell]:
 
 
 def _everything() -> Iterator[Cell]:
-    """Table A, ours: every method under five kinds of noise, and the ablations of `winnow` under two."""
+    """Yield Table A, ours: every method under five kinds of noise, and the ablations of `winnow` under two."""
     for noise in ("uniform:0.4", "uniform:0.8", "asymmetric:0.4", "semantic", "human"):
         for method in ("rog", *PRESETS, *BASELINES):
             yield Cell("A", "cifar10", noise, method, method, WRN)

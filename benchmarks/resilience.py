@@ -92,13 +92,13 @@ Row = dict[str, Any]
 
 @cache
 def group_numbers() -> dict[int, int]:
-    """Group number by the group's key, the only thing in a batch that tells its step."""
+    """Return the group's number by its key, the only thing in a batch that tells its step."""
     return {key(SEED, Purpose.MIXUP, group): group for group in range(STEPS * BATCH // GROUP)}
 
 
 @dataclass(frozen=True)
 class Faulty(Objective):
-    """An objective that notes each step, and lets a fault strike."""
+    """Note each step of an objective, and let a fault strike."""
 
     inner: Objective
     fault: str
@@ -106,7 +106,7 @@ class Faulty(Objective):
 
     @property
     def average_parameters(self) -> bool:  # type: ignore[override]
-        """As of the objective inside."""
+        """Return what the objective inside says."""
         return self.inner.average_parameters
 
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
@@ -125,7 +125,7 @@ class Faulty(Objective):
 
 @dataclass
 class Scene:
-    """A run on its cluster, as seen from outside."""
+    """Watch a run on its cluster, as seen from outside."""
 
     name: str
     folder: str  # of notes and logs
@@ -157,7 +157,7 @@ def leave_alone(scene: Scene) -> str:
 
 
 def busy_node(scene: Scene) -> tuple[Node, str]:
-    """A node with a data actor, and with a worker too where there is one; and what it holds."""
+    """Return a node with a data actor, and with a worker too where there is one; and what it holds."""
     scene.wait_for_step(STRIKE)
     places = [line.split() for line in notes(scene.folder, "places")]
     actors = {place[-1] for place in places if place[0] == "actor"}
@@ -230,7 +230,7 @@ def kill_driver(scene: Scene) -> str:
 
 
 def lose_node_and_driver(scene: Scene) -> str:
-    """Once a worker was lost and replaced: a node and the driver at once; then another node, and the same command."""
+    """Lose a node and the driver at once, after a worker was lost and replaced; then add a node and start again."""
     scene.wait_for_step(SECOND_STRIKE)
     scene.driver.kill()
     scene.driver.wait()
@@ -265,7 +265,7 @@ def fill_disk(scene: Scene) -> str:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody uses now."""
+    """Return a port of loopback that nobody uses now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -284,7 +284,7 @@ def find_warning(scene: Scene) -> str:
 
 
 class Emulator:
-    """Google Cloud Storage in a process on loopback, with its data on disk: it may be stopped and started again."""
+    """Run Google Cloud Storage in a process on loopback, with its data on disk: it may be stopped and started again."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -318,7 +318,7 @@ EMULATOR = Emulator()
 
 @dataclass(frozen=True)
 class Fault:
-    """What strikes, and what is different about its run."""
+    """Say what strikes, and what is different about its run."""
 
     inside: Callable[[str, int, int], None] = nothing  # by every worker before each of its steps: folder, step, rank
     outside: Callable[[Scene], str] = leave_alone  # while the run runs; what it says goes to the row's note
@@ -351,7 +351,7 @@ TWINS = {fault.twin for fault in FAULTS.values()}
 
 
 def recipe(name: str, folder: str, url: str) -> Recipe:
-    """The run that a fault strikes, on a network whose result does not depend on the number of workers."""
+    """Return the run that a fault strikes, on a network whose result does not depend on the number of workers."""
     plain = {"poisoned_image": EncodedDigits(broken=True), "grey_image": EncodedDigits(broken=False)}
     return Recipe(
         name="run",
@@ -374,7 +374,7 @@ def recipe(name: str, folder: str, url: str) -> Recipe:
 
 
 def drive(name: str, folder: str, url: str) -> None:
-    """The driver's whole program."""
+    """Run the driver's whole program."""
     if FAULTS[name].elastic:  # of which a node has one, as of a GPU: two workers do not crowd the node that is left
         ray.train.ScalingConfig = partial(
             ray.train.ScalingConfig,
@@ -386,7 +386,7 @@ def drive(name: str, folder: str, url: str) -> None:
 
 @contextlib.contextmanager
 def place(name: str, folder: str) -> Iterator[str]:
-    """The storage of a fault's run."""
+    """Yield the storage of a fault's run."""
     if name == "storage_down":
         EMULATOR.data = f"{folder}/cloud"
         EMULATOR.start()
@@ -416,7 +416,7 @@ def place(name: str, folder: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and two nodes; all their processes are gone in the end."""
+    """Run a head without CPUs and two nodes; all their processes are gone in the end."""
     port = free_port()
     # Known before the nodes start, because what Ray starts on them for itself looks it up.
     os.environ["RAY_ADDRESS"] = f"{get_node_ip_address()}:{port}"
@@ -432,7 +432,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def add_node(held: Cluster) -> None:
-    """One more node for work."""
+    """Add one more node for work."""
     held.add_node(num_cpus=CPUS, resources={SEAT: 1})
 
 
@@ -461,7 +461,7 @@ def observe(name: str, folder: str) -> tuple[Row, Row]:
 
 
 def results(folder: str) -> Row:
-    """Ledger and parameters of a run, as far as it came."""
+    """Return ledger and parameters of a run, as far as it came."""
     held: Row = {"rows": {}, "count": 0, "parameters": None}
     with contextlib.suppress(FileNotFoundError):
         table = ledger.read(folder)
@@ -477,7 +477,7 @@ def results(folder: str) -> Row:
 
 
 def compared(name: str, said: Row, ours: Row, theirs: Row) -> Row:
-    """The row of the table: what is left of `theirs`, the twin's results, in `ours`."""
+    """Return the row of the table: what is left of `theirs`, the twin's results, in `ours`."""
     folder = said.pop("folder")
     part = slice(4) if FAULTS[name].elastic else slice(None)  # step, epoch, id and label; the rest is rounded otherwise
     lost = sum(key not in ours["rows"] or ours["rows"][key][part] != row[part] for key, row in theirs["rows"].items())
@@ -499,7 +499,7 @@ def compared(name: str, said: Row, ours: Row, theirs: Row) -> Row:
 
 
 def longest_wait(folder: str) -> float | None:
-    """From the fault on, the longest time until a step was done that was not done before; None without a fault."""
+    """Return, from the fault on, the longest time until a new step was done; None without a fault."""
     struck = notes(folder, "fault")
     if not struck:
         return None
@@ -514,7 +514,7 @@ def longest_wait(folder: str) -> float | None:
 
 
 def measure(faults: Sequence[str], scratch: str, console: Console) -> Iterator[Row]:
-    """The rows of the table, as they come; a twin's run is made once."""
+    """Yield the rows of the table, as they come; a twin's run is made once."""
     twins: dict[str, Row] = {}
     for name in faults:
         for each in (FAULTS[name].twin, name):
@@ -538,7 +538,7 @@ def fail(why: str) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     every = [name for name in FAULTS if name not in TWINS]
     parser = argparse.ArgumentParser(description="What becomes of a run when something breaks.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")

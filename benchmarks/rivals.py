@@ -21,7 +21,7 @@ SLOW_START = 10  # epochs in which co-teaching comes to leave out as many as are
 
 
 def as_its_authors_do(recipe: Recipe, cell: Cell) -> Recipe:
-    """A cell's recipe, of any scale, with what its method's authors would set there; as it is for all other methods."""
+    """Return a cell's recipe, of any scale, with what its method's authors would set there; others as they are."""
     objective, schedule = recipe.objective, recipe.schedule
     images = (recipe.dataset.limit or CIFAR_IMAGES) if isinstance(recipe.dataset, Cifar) else 0
     uniform, rate = cell.noise.startswith("uniform"), told_rate(cell)
@@ -60,12 +60,12 @@ def as_its_authors_do(recipe: Recipe, cell: Cell) -> Recipe:
 
 
 def halves(schedule: Schedule) -> Schedule:
-    """Two equal cycles in place of one."""
+    """Return two equal cycles in place of one."""
     return replace(schedule, first_cycle=schedule.steps // 2, cycles=2, t_mul=1.0, m_mul=1.0)
 
 
 def told_rate(cell: Cell) -> float:
-    """The share of wrong labels that a method is told which asks for it."""
+    """Return the share of wrong labels that a method is told which asks for it."""
     kind, _, rate = cell.noise.partition(":")
     if kind == "uniform":
         return float(rate) * (0.9 if cell.dataset == "cifar10" else 0.99)

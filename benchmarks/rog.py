@@ -23,7 +23,7 @@ EM_STEPS = 500
 
 
 def layer_features(model: nn.Module, image_NCHW: Tensor, classes: int) -> list[Tensor]:
-    """What a network makes of images in its two blocks before the last, averaged over pixels, and gives its classifier.
+    """Return the outputs of a network's two blocks before the last, averaged over pixels, and its classifier's input.
 
     N×D each; the model is in eval mode.
     """
@@ -44,14 +44,14 @@ def layer_features(model: nn.Module, image_NCHW: Tensor, classes: int) -> list[T
 
 @dataclass(frozen=True)
 class GaussianClassifier:
-    """Classes as Gaussians of one covariance: linear discriminant analysis."""
+    """Hold classes as Gaussians of one covariance: linear discriminant analysis."""
 
     mean_KD: Tensor
     precision_DD: Tensor
     prior_K: Tensor
 
     def __call__(self, feature_ND: Tensor) -> Tensor:
-        """Logits, N×K: their softmax is the posterior."""
+        """Return logits, N×K: their softmax is the posterior."""
         direction_DK = self.precision_DD @ self.mean_KD.T
         offset_K = self.prior_K.log() - (self.mean_KD.T * direction_DK).sum(0) / 2
         return feature_ND.to(direction_DK) @ direction_DK + offset_K
@@ -59,13 +59,13 @@ class GaussianClassifier:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Classifiers of one layer's features each; their posteriors are averaged by weight."""
+    """Hold classifiers of one layer's features each; their posteriors are averaged by weight."""
 
     classifiers: Sequence[GaussianClassifier]
     weight_L: Tensor
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
-        """Probabilities, N×K."""
+        """Return probabilities, N×K."""
         posteriors = [each(feature_ND).softmax(1) for each, feature_ND in zip(self.classifiers, features, strict=True)]
         return torch.einsum("l,lnk->nk", self.weight_L, torch.stack(posteriors))
 
@@ -73,7 +73,7 @@ class Ensemble:
 def robust_ensemble(
     features: Sequence[Tensor], label_N: Tensor, held: Sequence[Tensor], held_label_M: Tensor, classes: int
 ) -> Ensemble:
-    """A robust classifier a layer, weighted so that the labels of held-out examples are most likely.
+    """Return a robust classifier a layer, weighted so that the labels of held-out examples are most likely.
 
     The paper's held-out labels are as noisy as the others, and it keeps the half that the last classifier finds most
     likely; here they are the trusted ones, which needs no such choice. Raises ValueError as `robust_classifier`.
@@ -85,7 +85,7 @@ def robust_ensemble(
 
 
 def mixture_weights(likelihood_LM: Tensor) -> Tensor:
-    """The weights of L classifiers, summing to 1, that maximise Σ_m log Σ_l α_l p_l(m): by EM, as that is concave."""
+    """Return the weights of L classifiers, summing to 1, that maximise the concave Σ_m log Σ_l α_l p_l(m), by EM."""
     likelihood_LM = likelihood_LM.clamp_min(1e-12)
     weight_L = torch.full_like(likelihood_LM[:, 0], 1 / len(likelihood_LM))
     for _ in range(EM_STEPS):

@@ -76,7 +76,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What every number of workers does."""
+    """Say what every number of workers does."""
 
     network: str
     size: int  # px
@@ -91,7 +91,7 @@ class Work:
 
 
 def batch_of(held: Sequence[Group], plan: Plan) -> Batch:
-    """A worker's groups of one step."""
+    """Return a worker's groups of one step."""
 
     def rows(column: str, start: int, stop: int | None) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([group[column][start:stop] for group in held]))
@@ -110,7 +110,7 @@ def batch_of(held: Sequence[Group], plan: Plan) -> Batch:
 
 
 def train(work: Work, rank: int, workers: Workers) -> tuple[list[Row], dict[str, torch.Tensor]]:
-    """One worker's measured steps, and its parameters after the last."""
+    """Measure one worker's steps, and its parameters after the last."""
     rng = np.random.default_rng(0)
     count = IMAGES + TRUSTED
     images = rng.integers(0, 256, (count, work.size, work.size, 3), np.uint8)
@@ -151,7 +151,7 @@ def train(work: Work, rank: int, workers: Workers) -> tuple[list[Row], dict[str,
 
 
 def worker(rank: int, work: Work, numbers: Sequence[int], port: int, folder: str) -> None:
-    """A process: it takes part in every run of more than `rank` workers, one run after the other."""
+    """Take part as a process in every run of more than `rank` workers, one run after the other."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     if work.double:
@@ -169,7 +169,7 @@ def worker(rank: int, work: Work, numbers: Sequence[int], port: int, folder: str
 
 
 def measure(work: Work, numbers: Sequence[int], cores: int) -> list[Row]:
-    """One row for each number of workers."""
+    """Return one row for each number of workers."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(worker, (work, numbers, store.port, folder), nprocs=max(numbers))
@@ -193,13 +193,15 @@ def measure(work: Work, numbers: Sequence[int], cores: int) -> list[Row]:
 
 
 def seconds_on(gpus: int, compute: float, traffic: tuple[int, int], bandwidth: float, latency: float) -> float:
-    """Seconds of a step on `gpus`, from those of one, and from a step's (all-reduces, bytes): see ASSUMPTIONS."""
+    """Return the seconds of a step on `gpus`, from those of one, and from a step's (all-reduces, bytes): see
+    ASSUMPTIONS.
+    """
     reductions, size = traffic
     return compute / gpus + 2 * (gpus - 1) / gpus * size / bandwidth + latency * reductions * math.log2(gpus)
 
 
 def carried_over(row: Row, network: str, dtype: torch.dtype) -> Row:
-    """What a measured row's all-reduces are with ResNet-50 in float32: those of all parameters grow, the others stay.
+    """Return what a measured row's all-reduces are with ResNet-50 in float32: those of all parameters grow.
 
     No figure is assumed: both networks are counted, without making them.
     """
@@ -221,7 +223,7 @@ def carried_over(row: Row, network: str, dtype: torch.dtype) -> Row:
 
 
 def modelled(counts: Row) -> list[Row]:
-    """One row for each link and number of GPUs."""
+    """Return one row for each link and number of GPUs."""
     compute = ASSUMED_BATCH / ASSUMED_IMAGES_PER_SECOND
     traffic = counts["reductions"], counts["bytes_reduced"]
     rows = []
@@ -237,7 +239,7 @@ def modelled(counts: Row) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="One global batch on 1, 2 and 4 workers, and a model of N GPUs.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])

@@ -24,7 +24,7 @@ from training.runs.model_file import read
 
 @dataclass(frozen=True)
 class Settings:
-    """Which network labels what."""
+    """Say which network labels what."""
 
     data: str
     """Folder of CIFAR."""
@@ -47,7 +47,10 @@ class Settings:
 
 
 def semantic_labels(settings: Settings, console: Console) -> tuple[np.ndarray, np.ndarray]:
-    """(What the network says of every training image, its true label), in training order. Raises as `launch.run`."""
+    """Return (what the network says of every training image, its true label), in training order.
+
+    Raises as `launch.run`.
+    """
     dataset = Cifar(classes=settings.classes, probe_per_class=1, limit=settings.clean, size=settings.size)
     name = f"semantic-{settings.network}-{settings.classes}-{settings.clean}-{settings.size}-{settings.seed}"
     recipe = replace(

@@ -58,7 +58,7 @@ STEPS = Schedule(lr=0.1, first_cycle=60_000, cycles=1, drops=(40_000, 50_000))  
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run, or to show."""
+    """Say what to run, or to show."""
 
     cells: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of cells, or patterns such as 'T1:*' (in quotes)."""
@@ -85,7 +85,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One run of one cell."""
+    """Hold one run of one cell."""
 
     cell: str
     scale: Scale
@@ -106,7 +106,7 @@ class Row:
 
 
 def recipe_of(cell: Cell, settings: Settings, seed: int) -> Recipe:
-    """The run that stands beside a cell. Raises InputError where there is none at that scale."""
+    """Return the run that stands beside a cell. Raises InputError where there is none at that scale."""
     made = {
         "cifar10": cifar.recipe, "cifar100": cifar.recipe, "webvision-mini": webvision.recipe,
         "webvision": webvision.recipe, "food101n": food101n.recipe, "clothing1m": clothing1m.recipe,
@@ -119,7 +119,8 @@ def recipe_of(cell: Cell, settings: Settings, seed: int) -> Recipe:
         workers=settings.workers, seed=seed,
     )  # fmt: skip
     if isinstance(made.dataset, Cifar):
-        without_policy = cell.method.endswith((" M-1", " M-2", " M-7"))  # Table 9, column PA, in METHOD's reading
+        # Table 9, column PA, as docs/method.md reads it (Ablations)
+        without_policy = cell.method.endswith((" M-1", " M-2", " M-7"))
         dataset = replace(
             made.dataset,
             classes=10 if cell.dataset == "cifar10" else 100,
@@ -201,7 +202,7 @@ def measure(cell: Cell, settings: Settings, seed: int, console: Console) -> Row:
 
 
 def _generative_top1(result: Result) -> float:
-    """RoG: the accuracy of the robust generative classifiers on the features of the network that the run trained."""
+    """Return RoG's accuracy: that of the robust generative classifiers on the features of the run's network."""
     model, data = read(result.folder), result.dataset
     train, probe, test = data.train, data.probe, next(iter(data.tests.values()))
     assert isinstance(train, Examples)
@@ -223,7 +224,7 @@ def _features(model: ModelFile, examples: Examples) -> list[Tensor]:
 
 
 def _mean_trust(result: Result, recipe: Recipe) -> tuple[float | None, float | None]:
-    """Mean λ in the last epoch where the label is right, and where it is wrong (figure 4); None where unknown."""
+    """Return mean λ in the last epoch where the label is right, and where it is wrong (figure 4), or None."""
     train = result.dataset.train
     if not isinstance(train, Examples) or train.true_label_N is None:
         return None, None
@@ -248,20 +249,20 @@ def _version() -> str:
 
 
 def read_rows(path: str) -> list[Row]:
-    """The results so far: of every cell, scale and seed the newest."""
+    """Return the results so far: of every cell, scale and seed the newest."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     rows = [Row(**json.loads(line)) for line in lines]
     return list({(row.cell, row.scale, row.seed): row for row in rows}.values())
 
 
 def mean_and_deviation(rows: list[Row], cell: str, scale: Scale) -> str:
-    """`85.6 ± 1.1`: mean and standard deviation over seeds, in %; "" where it has not been run."""
+    """Return `85.6 ± 1.1`: mean and standard deviation over seeds, in %; "" where it has not been run."""
     top1 = [100 * row.top1 for row in rows if (row.cell, row.scale) == (cell, scale)]
     return f"{np.mean(top1):.1f} ± {np.std(top1):.1f}" if len(top1) > 1 else f"{top1[0]:.1f}" if top1 else ""
 
 
 def listing(rows: list[Row]) -> Table:
-    """Every cell: what it is, what was published and what has been run."""
+    """Return every cell: what it is, what was published and what has been run."""
     shown = Table("cell", "method", "network", "trusted a class", "steps", "published", "ours", "ours, small", "remark")
     for cell in cells():
         ours = [mean_and_deviation(rows, cell.name, scale) for scale in ("full", "small")]
@@ -272,7 +273,7 @@ def listing(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Table A at the small scale: methods that were run, by their mean over the kinds of noise; then the ablations."""
+    """Return table A at the small scale: methods that were run, by their mean over the noises; then the ablations."""
     in_table = [cell for cell in cells() if cell.table == "A"]
     found = {(cell.noise, cell.row): mean_and_deviation(rows, cell.name, "small") for cell in in_table}
     noises = list(dict.fromkeys(cell.noise for cell in in_table))
@@ -307,7 +308,7 @@ def _as_markdown(head: list[str], *body: list[str]) -> str:
 
 
 def chosen_cells(patterns: tuple[str, ...]) -> list[Cell]:
-    """The cells that the patterns name; raises InputError for a pattern that names none."""
+    """Return the cells that the patterns name; raises InputError for a pattern that names none."""
     every = {cell.name: cell for cell in cells()}
     names: dict[str, None] = {}
     for pattern in patterns:

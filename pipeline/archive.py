@@ -38,7 +38,7 @@ FIRST_BLOCK, BLOCK = 2**16, 2**23  # bytes read at once: at first and after a ju
 
 @dataclass
 class Archive:
-    """The members of one archive, by column: 2.4 million of them fit in 300 MB."""
+    """Hold the members of one archive, by column: 2.4 million of them fit in 300 MB."""
 
     url: str
     folder: str  # where it lies in the tree, "" at its root
@@ -54,7 +54,7 @@ class Archive:
 
     @property
     def home(self) -> str:
-        """What its images' names lead with in the tree: its folder, and its stem where names have no folder.
+        """Return what its images' names lead with in the tree: its folder, and its stem where names have no folder.
 
         So tars of one class each, all with a 1.jpg, do not get into each other's way.
         """
@@ -62,7 +62,7 @@ class Archive:
         return "/".join(part for part in (self.folder, self.stem if flat else "") if part)
 
     def place(self, row: int) -> Place:
-        """Where image `row` is."""
+        """Return where image `row` is."""
         return self.url, self.start_M[row], self.size_M[row], "deflated" if self.deflated_M[row] else "stored"
 
     def add(self, name: str, start: int, size: int, *, deflated: bool = False) -> None:
@@ -80,7 +80,7 @@ class Archive:
 
 
 def index(url: str, folder: str, spool: str = "") -> Archive:
-    """The members of the archive at `url`, which lies in `folder` of its tree.
+    """Return the members of the archive at `url`, which lies in `folder` of its tree.
 
     A tar compressed as a whole cannot be read from its middle. One of lists alone is read into memory; another is
     decompressed once into the folder `spool`, as far as that is given, and else `refused`.
@@ -109,7 +109,7 @@ def index(url: str, folder: str, spool: str = "") -> Archive:
 
 
 def index_inner(outer: Archive, name: str, start: int, size: int) -> Archive:
-    """The members of the tar `name` in the tar `outer`: stretches of the outer one, too. Raises as `index` does."""
+    """Return the members of the tar `name` in the tar `outer`: stretches of the outer one, too. Raises as `index`."""
     folder, _, file_name = name.rpartition("/")
     folder = "/".join(part for part in (outer.folder, folder) if part)
     archive = Archive(outer.url, folder, file_name[: -len(".tar")])
@@ -119,7 +119,7 @@ def index_inner(outer: Archive, name: str, start: int, size: int) -> Archive:
 
 
 def unsafe(name: str) -> str:
-    """Why a file of this name is never used, or ""."""
+    """Return why a file of this name is never used, or ""."""
     parts = name.replace("\\", "/").split("/")
     if not parts[0] or re.fullmatch("[A-Za-z]:", parts[0]):
         return "its name is absolute"

@@ -22,7 +22,7 @@ TASKS = 64  # the least, where there are rows for them
 
 
 def census(train: Split, probe: Examples, wanted: np.ndarray) -> pa.Table:
-    """The wanted training ids, and all images, trusted ones too, whose bytes are stored under two labels or more.
+    """Return the wanted training ids, and all images, trusted ones too, whose bytes have two labels or more.
 
     Columns: id, label, trusted (of `probe`, not `train`), row (in its split), digest (equal for equal bytes), torn
     (whether the bytes are under several labels). Copies that were scaled or compressed anew have other bytes.

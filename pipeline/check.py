@@ -49,7 +49,7 @@ class CifarFiles:
 
 @dataclass(frozen=True)
 class Options:
-    """How much is looked at."""
+    """Say how much is looked at."""
 
     sample: int = 200
     """Images to read and decode, of all splits together; 0 reads none."""
@@ -61,18 +61,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found; `listing` is what the data set's lists say, where it has lists."""
+    """Say what a check found; `listing` is what the data set's lists say, where it has lists."""
 
     findings: tuple[Finding, ...]
     listing: Listing | None = None
 
     def count(self, level: str) -> int:
-        """Number of findings of a level."""
+        """Return the number of findings of a level."""
         return sum(finding.level == level for finding in self.findings)
 
 
 def check(layout: Layout | CifarFiles, url: str, sample: int = 200) -> Report:
-    """What is to be said of the raw data set at `url`; `sample` images of all its splits are read and decoded.
+    """Report on the raw data set at `url`; `sample` images of all its splits are read and decoded.
 
     Raises InputError where a list is missing or wrong, so that nothing more can be said.
     """

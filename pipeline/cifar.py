@@ -61,16 +61,16 @@ class Cifar(Source):
 
     @property
     def views(self) -> CifarViews:
-        """The weak and strong views to train with."""
+        """Return the weak and strong views to train with."""
         return CifarViews(self.policy)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """H, W and C of the images that the network sees."""
+        """Return H, W and C of the images that the network sees."""
         return self.size, self.size, 3
 
     def load(self, url: str, seed: int) -> Dataset:
-        """The data set in the folder `url` (a local path or any fsspec URL), checked; `seed` keys all draws.
+        """Return the data set in the folder `url` (a local path or any fsspec URL), checked; `seed` keys all draws.
 
         The folder holds torchvision's layout (or is its inner folder), or Parquet files named *train* and *test*.
         Training ids are rows of the training files, test ids rows of the test files plus 1,000,000,000.

@@ -31,7 +31,7 @@ class Clothing1M(Layout):
     name: ClassVar[str] = "clothing1m"
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
-        """The lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
+        """Return the lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
 
         Raises InputError where a list is missing or cannot be read.
         """

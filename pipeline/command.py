@@ -28,7 +28,7 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Command(Generic[Chosen, Options]):
-    """What a command line says."""
+    """Hold what a command line says."""
 
     url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
     """Where the raw data set is: a local path or any fsspec URL, such as gs://bucket/folder."""
@@ -44,7 +44,8 @@ def parse(
     arguments: Sequence[str] | None,
     example: str = "",
 ) -> Command[Any, Options]:
-    """The command `python -m MODULE DATASET URL [flags]`; a wrong one ends the program with the reason and status 2.
+    """Parse the command `python -m MODULE DATASET URL [flags]`; a wrong one ends the program with the reason and
+    status 2.
 
     `example` holds flags that an example of the command needs.
     """

@@ -54,12 +54,12 @@ def _start(cpus: int) -> None:
 
 
 def data_nodes() -> dict[str, str] | None:
-    """Label selector of the nodes for data actors and ingest; None where the cluster does not set them apart."""
+    """Return the label selector of the nodes for data actors and ingest; None where they are not set apart."""
     return {SUBCLUSTER: "data"} if _sets_apart() else None
 
 
 def training_nodes() -> dict[str, str] | None:
-    """Label selector of the nodes for training workers; None where the cluster does not set them apart."""
+    """Return the label selector of the nodes for training workers; None where they are not set apart."""
     return {SUBCLUSTER: "!data"} if _sets_apart() else None
 
 

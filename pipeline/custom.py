@@ -62,7 +62,7 @@ class Custom(Layout):
     filled in (lines without one are passed over), or a name a line, which keeps its label."""
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
-        """The images at `url`, settled; with `look_around`, unlisted files are counted too.
+        """Return the images at `url`, settled; with `look_around`, unlisted files are counted too.
 
         Classes are the sorted names, or whole numbers 0…K−1 as they are given.
         Raises InputError for what cannot be read or contradicts itself.
@@ -94,7 +94,7 @@ class Custom(Layout):
 
 
 def images_at(url: str) -> tuple[list[str], list[Place]]:
-    """Keys and places of all images at `url`, whatever is said of their labels, as Custom names them.
+    """Return the keys and places of all images at `url`, whatever is said of their labels, as Custom names them.
 
     Raises InputError for what cannot be read.
     """

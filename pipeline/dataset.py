@@ -22,33 +22,33 @@ HELD_OUT_DRAW = 4  # no other draw of a data set has this number
 
 
 class InputError(ValueError):
-    """What the user gave cannot work. The message is one line: the thing, and the fix."""
+    """Say that what the user gave cannot work. The message is one line: the thing, and the fix."""
 
 
 class Split(Protocol):
-    """N labelled images, in memory or in shards on storage."""
+    """Hold N labelled images, in memory or in shards on storage."""
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
 
     @property
     def row_groups(self) -> np.ndarray:
-        """Rows of each of the U units that are read as a whole, int64, in row order; their sum is N."""
+        """Return the rows of each of the U units that are read as a whole, int64, in row order; they add up to N."""
 
     @property
     def digest(self) -> str:
-        """A checksum of the rows, their order and labels: other data have another."""
+        """Return a checksum of the rows, their order and labels: other data have another."""
 
     def take(self, rows: np.ndarray) -> Examples:
-        """The examples at `rows`, in that order, in memory."""
+        """Return the examples at `rows`, in that order, in memory."""
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """What the data set calls the images at `rows`; their ids where they have no names."""
+        """Return what the data set calls the images at `rows`; their ids where they have no names."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N labelled images held in memory.
+    """Hold N labelled images in memory.
 
     `true_label_N` is known only where noise was added by us (or annotated twice): it serves reports, never training.
     """
@@ -63,26 +63,26 @@ class Examples:
 
     @property
     def row_groups(self) -> np.ndarray:
-        """Ones: in memory every row is read by itself."""
+        """Return ones: in memory every row is read by itself."""
         return np.ones(len(self), np.int64)
 
     @property
     def digest(self) -> str:
-        """A checksum of ids and labels."""
+        """Return a checksum of ids and labels."""
         return hashlib.sha256(self.id_N.tobytes() + self.label_N.tobytes()).hexdigest()
 
     def take(self, rows: np.ndarray) -> Examples:
-        """The examples at `rows`, in that order."""
+        """Return the examples at `rows`, in that order."""
         true = None if self.true_label_N is None else self.true_label_N[rows]
         image = self.image_N[rows] if isinstance(self.image_N, np.ndarray) else self.image_N.take(pa.array(rows))
         return Examples(self.id_N[rows], self.label_N[rows], image, true)
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """The ids of the images at `rows`, which have no other names here."""
+        """Return the ids of the images at `rows`, which have no other names here."""
         return [str(number) for number in self.id_N[rows]]
 
     def image(self, row: int) -> np.ndarray:
-        """One image, H×W×C uint8."""
+        """Return one image, H×W×C uint8."""
         if isinstance(self.image_N, np.ndarray):
             return self.image_N[row]
         return decode(self.image_N[row].as_buffer())
@@ -90,7 +90,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Noisy training examples, a small trusted probe set, and named evaluation sets, over the same K classes."""
+    """Hold noisy training examples, a small trusted probe set, and named evaluation sets, over the same K classes."""
 
     train: Split
     probe: Examples
@@ -100,19 +100,20 @@ class Dataset:
 
     @property
     def noise_rate(self) -> float | None:
-        """Share of training labels that are really wrong, where the truth is known."""
+        """Return the share of training labels that are really wrong, where the truth is known."""
         if not isinstance(self.train, Examples) or self.train.true_label_N is None:
             return None
         return float(np.mean(self.train.label_N != self.train.true_label_N))
 
     @property
     def digest(self) -> str:
-        """A checksum of all examples and classes: a run resumes on the same data only."""
+        """Return a checksum of all examples and classes: a run resumes on the same data only."""
         parts = [self.train.digest, self.probe.digest, *(test.digest for test in self.tests.values())]
         return hashlib.sha256(" ".join([*parts, *self.class_names]).encode()).hexdigest()
 
     def held_out(self, per_class: int, seed: int) -> Dataset:
-        """The data set without its tests: `per_class` trusted examples of each class become its one evaluation set.
+        """Return the data set without its tests: `per_class` trusted examples of each class become its one evaluation
+        set.
 
         With 0, half of the smallest class's, at most MOST_HELD_OUT. Raises InputError where a class has too few.
         """
@@ -162,7 +163,7 @@ class Dataset:
 
 
 class Source(ABC):
-    """A frozen dataclass that says which data set, with which noise, probe and views; it is part of a recipe."""
+    """Say, as a frozen dataclass, which data set, with which noise, probe and views; it is part of a recipe."""
 
     kinds: ClassVar[dict[str, type[Source]]] = {}  # every class of sources, by the name that a recipe's JSON has for it
 
@@ -173,21 +174,21 @@ class Source(ABC):
     @property
     @abstractmethod
     def views(self) -> Views:
-        """The weak and strong views to train with."""
+        """Return the weak and strong views to train with."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
-        """H, W and C of the images that the network sees."""
+        """Return H, W and C of the images that the network sees."""
 
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
-        """The data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
+        """Return the data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
 
 
 @dataclass(frozen=True)
 class HeldOut(Source):
-    """A source for what is chosen by its results: some trusted examples validate, and the test sets are not there."""
+    """Wrap a source for what is chosen by its results: some trusted examples validate, and no test set is there."""
 
     source: Source
     """The data set itself."""
@@ -210,12 +211,12 @@ class HeldOut(Source):
 
 
 def keyed_generator(seed: int, purpose: int) -> np.random.Generator:
-    """The generator of one of a data set's own draws (probe, noise, …): independent of all its others."""
+    """Return the generator of one of a data set's own draws (probe, noise, …): independent of all its others."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose]))
 
 
 def draw_probe(label_N: np.ndarray, classes: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a class-balanced probe set, `per_class` of each class, sorted (METHOD: data rules).
+    """Return the rows of a class-balanced probe set, `per_class` of each class, sorted (docs/method.md, Data rules).
 
     Raises InputError where a class has too few examples.
     """

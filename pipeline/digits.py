@@ -20,7 +20,7 @@ TEST_DRAW, PROBE_DRAW, NOISE_DRAW = 1, 2, 3
 
 @dataclass(frozen=True)
 class Digits(Source):
-    """Handwritten digits with uniform label noise and a few trusted examples of each class."""
+    """Load handwritten digits with uniform label noise and a few trusted examples of each class."""
 
     noise: Noise = field(default_factory=lambda: Noise("uniform", 0.8))
     """Noise added to the training labels, after the probe is taken out."""
@@ -33,16 +33,16 @@ class Digits(Source):
 
     @property
     def views(self) -> DigitsViews:
-        """The weak and strong views to train with."""
+        """Return the weak and strong views to train with."""
         return DigitsViews()
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """H, W and C of the images that the network sees."""
+        """Return H, W and C of the images that the network sees."""
         return 8, 8, 1
 
     def load(self, url: str, seed: int) -> Dataset:
-        """The data set, which needs no `url`; ids are rows of scikit-learn's arrays."""
+        """Return the data set, which needs no `url`; ids are rows of scikit-learn's arrays."""
         if url:
             raise InputError(f"digits come with scikit-learn and are not read from {url}: leave --data out")
         digits = load_digits()

@@ -34,7 +34,7 @@ class Food101N(Layout):
     """Folder into which food-101.tar.gz is decompressed, once (5 GB)."""
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
-        """The lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
+        """Return the lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
 
         Raises InputError where a list is missing or cannot be read.
         """

@@ -34,7 +34,7 @@ _IN_ORDER = "imagenet_2012_validation_synset_labels.txt"  # "n01751748": a line 
 
 @dataclass(frozen=True)
 class Images:
-    """Some images of ImageNet."""
+    """Hold some images of ImageNet."""
 
     keys: list[str]  # N, such as train/n01440764/n01440764_10026.JPEG and val/ILSVRC2012_val_00000001.JPEG
     label_N: np.ndarray  # int32
@@ -42,7 +42,8 @@ class Images:
 
 
 def probe(tree: Tree, wnids: Sequence[str], per_class: int) -> Images:
-    """The `per_class` training images with the smallest ids of each of the K classes `wnids`: a draw without a seed.
+    """Return the `per_class` training images with the smallest ids of each of the K classes `wnids`: a draw without a
+    seed.
 
     Raises InputError where a class has fewer.
     """
@@ -69,7 +70,7 @@ def probe(tree: Tree, wnids: Sequence[str], per_class: int) -> Images:
 
 
 def validation(tree: Tree, wnids: Sequence[str], every_wnid: Sequence[str]) -> Images | None:
-    """The validation images of the classes `wnids`, of the K classes `every_wnid`; None where there are none.
+    """Return the validation images of the classes `wnids`, of the K classes `every_wnid`; None where there are none.
 
     Raises InputError where there are images without labels.
     """

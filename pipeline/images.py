@@ -37,11 +37,12 @@ _UPRIGHT = {
 
 
 class Rejected(ValueError):  # noqa: N818
-    """These bytes are no usable image. The message is a short plain reason."""
+    """Say that these bytes are no usable image. The message is a short plain reason."""
 
 
 def check_image(encoded: bytes, short_side: int | None = None) -> bytes:
-    """What to store of the raw file `encoded`: a whole, upright RGB or grey JPEG, its shorter side ≤ `short_side` px.
+    """Return what to store of the raw file `encoded`: a whole, upright RGB or grey JPEG, its shorter side ≤
+    `short_side` px.
 
     A file that is one already is returned byte for byte, once decoded in full. Anything else becomes an RGB JPEG: of
     an animation the first frame, upright, on white where it is transparent, with its aspect, never enlarged.
@@ -58,7 +59,8 @@ def check_image(encoded: bytes, short_side: int | None = None) -> bytes:
 
 
 def read_image(encoded: bytes, short_side: int | None = None) -> np.ndarray:
-    """The pixels of the raw file `encoded`, HWC RGB uint8: what `check_image` stores, without the loss of storing.
+    """Return the pixels of the raw file `encoded`, HWC RGB uint8: what `check_image` stores, without the loss of
+    storing.
 
     Raises Rejected as it does, and is not for threads either.
     """
@@ -67,7 +69,7 @@ def read_image(encoded: bytes, short_side: int | None = None) -> np.ndarray:
 
 
 def decode(encoded: bytes) -> np.ndarray:
-    """The pixels of a stored image: HWC, RGB, uint8. Raises Rejected where there are none.
+    """Return the pixels of a stored image: HWC, RGB, uint8. Raises Rejected where there are none.
 
     Orientation tags are ignored: ingest has turned every image upright, and its pixels must not turn again.
     """

@@ -52,7 +52,7 @@ SHARD_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file."""
+    """Hold one Parquet file."""
 
     name: str
     split: str
@@ -64,13 +64,13 @@ class Shard:
 
     @staticmethod
     def of(said: Mapping[str, Any]) -> Shard:
-        """The shard that an index, in JSON, tells of."""
+        """Return the shard that an index, in JSON, tells of."""
         return Shard(**{**said, "per_class": tuple(said["per_class"])})
 
 
 @dataclass(frozen=True)
 class Index:
-    """All shards of a data set."""
+    """Hold all shards of a data set."""
 
     dataset: str  # the layout's name: webvision, clothing1m, food101n, custom
     made_of: str  # digest of ids, labels, splits and options; the same again gives the same shards
@@ -81,20 +81,20 @@ class Index:
     row_group: int = ROW_GROUP
 
     def count(self, split: str) -> int:
-        """Rows of a split."""
+        """Return the number of rows of a split."""
         return sum(shard.rows for shard in self.shards if shard.split == split)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits there are: train and probe, then the evaluation sets."""
+        """Return the splits there are: train and probe, then the evaluation sets."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def of(self, url: str, split: str) -> Shards:
-        """The rows of a split; `url` is where this index was read from."""
+        """Return the rows of a split; `url` is where this index was read from."""
         return Shards(url, tuple(shard for shard in self.shards if shard.split == split), self.row_group)
 
     def as_json(self) -> str:
-        """What index.json holds."""
+        """Return what index.json holds."""
         return json.dumps(asdict(self), indent=1)
 
 
@@ -121,7 +121,7 @@ def write_shard(
 
 
 def read_index(url: str) -> Index:
-    """The index at `url`; raises InputError where there is none, or none that can be read."""
+    """Return the index at `url`; raises InputError where there is none, or none that can be read."""
     fs, path = storage.connect(url)
     try:
         said = json.loads(storage.read(fs, storage.join(path, NAME)))
@@ -137,7 +137,7 @@ def read_index(url: str) -> Index:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The rows of one split, read from storage by row groups when they are taken."""
+    """Hold the rows of one split, read from storage by row groups when they are taken."""
 
     url: str
     shards: tuple[Shard, ...]
@@ -148,7 +148,7 @@ class Shards:
 
     @property
     def row_groups(self) -> np.ndarray:
-        """Rows of each row group, int64: all full but the last of a file."""
+        """Return the number of rows of each row group, int64: all full but the last of a file."""
         parts = []
         for shard in self.shards:
             full, rest = divmod(shard.rows, self.row_group)
@@ -157,17 +157,17 @@ class Shards:
 
     @property
     def digest(self) -> str:
-        """A checksum of the shards' own."""
+        """Return a checksum of the shards' own."""
         return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def take(self, rows: np.ndarray) -> Examples:
-        """The examples at `rows`, in that order, with encoded images. Raises InputError as `table` does."""
+        """Return the examples at `rows`, in that order, with encoded images. Raises InputError as `table` does."""
         table = self.table(rows, ("id", "label", "image"))
         label_N = table["label"].to_numpy().astype(np.int64)
         return Examples(table["id"].to_numpy(), label_N, table["image"].combine_chunks())
 
     def table(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Some columns of `rows`, in that order; each of their row groups is read once.
+        """Return some columns of `rows`, in that order; each of their row groups is read once.
 
         Raises InputError for a shard that is missing or damaged.
         """
@@ -187,7 +187,7 @@ class Shards:
         return pa.concat_tables(tables).combine_chunks().take(pa.array(start[unit_N] + within_N % self.row_group))
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """What the data set's own lists call the images at `rows`. Raises InputError as `table` does."""
+        """Return what the data set's own lists call the images at `rows`. Raises InputError as `table` does."""
         return self.table(rows, ("key",))["key"].to_pylist()
 
 
@@ -232,7 +232,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 class _Window(io.RawIOBase):
-    """A file of `size` bytes of which only those from `start` on are there."""
+    """Show a file of `size` bytes of which only those from `start` on are there."""
 
     def __init__(self, held: bytes, start: int, size: int) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class _Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Sharded(Source):
-    """A data set of photographs that pipeline.shards made into shards."""
+    """Load a data set of photographs that pipeline.shards made into shards."""
 
     dataset: str
     """The layout that the shards were made from."""
@@ -275,16 +275,16 @@ class Sharded(Source):
 
     @property
     def views(self) -> PhotoViews:
-        """The weak and strong views to train with."""
+        """Return the weak and strong views to train with."""
         return PhotoViews(self.policy, self.size)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """H, W and C of the images that the network sees."""
+        """Return H, W and C of the images that the network sees."""
         return self.size, self.size, 3
 
     def load(self, url: str, seed: int) -> Dataset:
-        """The data set whose index is at `url`; the probe is read into memory as it is stored."""
+        """Return the data set whose index is at `url`; the probe is read into memory as it is stored."""
         if not url:
             raise InputError("no shards given: --data gs://bucket/shards, made by python -m pipeline.shards")
         index = read_index(url)

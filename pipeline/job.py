@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class JobProgress:
-    """Images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
+    """Show images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
         self.total, self.console, self.told = total, console, time.monotonic()
@@ -79,7 +79,9 @@ def settings(*, ordered: bool = False) -> None:
 
 
 def unwrapped(results: Iterable[T]) -> Iterator[T]:
-    """`results` of a job, where what a task raised comes without Ray's wrapping, so that a person reads one line."""
+    """Yield the `results` of a job, where what a task raised comes without Ray's wrapping, so that a person reads one
+    line.
+    """
     try:
         yield from results
     except ray.exceptions.RayTaskError as error:
@@ -89,7 +91,7 @@ def unwrapped(results: Iterable[T]) -> Iterator[T]:
 
 
 def whole(out: str, made_of: str) -> Index | None:
-    """The index of `out` where a job has ended there; raises InputError where that was another one."""
+    """Return the index of `out` where a job has ended there; raises InputError where that was another one."""
     fs, path = storage.connect(out)
     if not storage.exists(fs, storage.join(path, NAME)):
         return None
@@ -99,7 +101,7 @@ def whole(out: str, made_of: str) -> Index | None:
 
 
 def records(out: str, made_of: str) -> dict[str, Record]:
-    """The records of finished shards in `out`, by name; raises InputError where they are of another job."""
+    """Return the records of finished shards in `out`, by name; raises InputError where they are of another job."""
     fs, path = storage.connect(out)
     folder = storage.join(path, WORK)
     if not storage.exists(fs, folder):
@@ -114,7 +116,9 @@ def records(out: str, made_of: str) -> dict[str, Record]:
 
 
 def make(tasks: Iterable[pa.Table], work: Callable[..., pa.Table], arguments: Iterable[Any]) -> Iterator[Record]:
-    """The records that `work(task, *arguments)` returns by `put`, of each of `tasks` on the cluster, as they come."""
+    """Yield the records that `work(task, *arguments)` returns by `put`, of each of `tasks` on the cluster, as they
+    come.
+    """
     settings()
     made = ray.data.from_arrow(list(tasks)).map_batches(
         work, fn_args=arguments, batch_size=None, batch_format="pyarrow"
@@ -142,7 +146,7 @@ def put(
 
 
 def shards_of(names: Iterable[str], done: Mapping[str, Record]) -> tuple[Shard, ...]:
-    """The shards called `names` as an index lists them, without those that hold no image."""
+    """Return the shards called `names` as an index lists them, without those that hold no image."""
     return tuple(Shard.of(done[name]["shard"]) for name in names if done[name]["shard"])
 
 

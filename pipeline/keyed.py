@@ -19,7 +19,7 @@ def reduce_by_key(
     rows: int,
     reduce: Callable[[pa.Table], pa.Table],
 ) -> Iterator[pa.Table]:
-    """What `reduce` makes of the rows that `read` makes of `tasks`, `rows` in all, table by table.
+    """Yield what `reduce` makes of the rows that `read` makes of `tasks`, `rows` in all, table by table.
 
     All rows of a key (a column of whole numbers) come to one call of `reduce`, in any order, with those of other keys:
     about TASK_ROWS a call. Empty tables are left out. Raises what `read` and `reduce` raise for the user to fix.

@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a check."""
+    """Hold one line of a check."""
 
     level: Literal["ok", "note", "warning", "error"]
     what: str
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Listing:
-    """Everything the lists of a data set say."""
+    """Hold everything the lists of a data set say."""
 
     table: pa.Table  # SCHEMA
     class_names: tuple[str, ...]
@@ -56,31 +56,32 @@ class Listing:
     unlisted: int = -1  # image files there that no list names; −1: not looked for
 
     def count(self, split: str) -> int:
-        """Number of images of `split`."""
+        """Return the number of images of `split`."""
         return int(pc.sum(pc.equal(self.table["split"], split)).as_py() or 0)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that have images: train, probe, then the evaluation sets in the table's order."""
+        """Return the splits that have images: train, probe, then the evaluation sets in the table's order."""
         found = self.table["split"].unique().to_pylist()
         return tuple(sorted(found, key=lambda split: {"train": 0, "probe": 1}.get(split, 2)))
 
 
 class Layout(ABC):
-    """A frozen dataclass that knows how one data set is distributed; its fields are the flags of check and ingest."""
+    """Know, as a frozen dataclass, how one data set is distributed; its fields are the flags of check and ingest."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
-        """The lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
+        """Return the lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
 
         Raises InputError where a list is missing or cannot be read.
         """
 
 
 def stable_ids(root: str, keys: Iterable[str]) -> np.ndarray:
-    """Ids of images from their data set's name and their own: the same wherever and however the data are stored.
+    """Return the ids of images from their data set's name and their own: the same wherever and however the data are
+    stored.
 
     int64, ≥ 0: 63 bits of BLAKE2b, so that two of 10⁸ images share one with probability 5·10⁻⁴; a clash is an error.
     """
@@ -89,7 +90,7 @@ def stable_ids(root: str, keys: Iterable[str]) -> np.ndarray:
 
 
 def settle(listing: Listing) -> Listing:
-    """The listing with every image once: evaluation sets win over probe, probe over train, each case a finding.
+    """Return the listing with every image once: evaluation sets win over probe, probe over train, each case a finding.
 
     Images that one split lists twice are kept once; those it lists under two labels are left out.
     Raises InputError where two images share an id.
@@ -132,14 +133,15 @@ def settle(listing: Listing) -> Listing:
 
 
 def rows(root: str, split: str, keys: Sequence[str], label_N: np.ndarray, places: Sequence[Place]) -> pa.Table:
-    """A table of SCHEMA for the N images of one split of the data set `root`."""
+    """Return a table of SCHEMA for the N images of one split of the data set `root`."""
     columns = [[place[column] for place in places] for column in range(4)]
     ids = stable_ids(root, keys)
     return pa.table([ids, list(keys), label_N.astype(np.int32), [split] * len(keys), *columns], schema=SCHEMA)
 
 
 def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) -> Listing:
-    """The listing with `file` null where the tree has no such file, and with the tree's images that it does not name.
+    """Return the listing with `file` null where the tree has no such file, and with the tree's images that it does not
+    name.
 
     `others` are images that the data set's lists name, but not this listing. All folders of the tree are listed.
     """
@@ -160,7 +162,7 @@ def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) ->
 
 
 def findings_of(tree: Tree) -> tuple[Finding, ...]:
-    """What a tree leaves out."""
+    """Return what a tree leaves out."""
     found = [Finding("warning", line.partition(": ")[0], line.partition(": ")[2]) for line in tree.unread]
     if tree.unsafe:
         name, reason = tree.unsafe[0]
@@ -170,7 +172,7 @@ def findings_of(tree: Tree) -> tuple[Finding, ...]:
 
 
 def counted(where: str, count: int, published: int) -> Finding:
-    """The finding on the length of a list whose published length is known."""
+    """Return the finding on the length of a list whose published length is known."""
     if count == published:
         return Finding("ok", f"{where} lists {count:,} images, as published")
     return Finding("warning", f"{where} lists {count:,} images, {published:,} are published", "copy the list again")
@@ -181,7 +183,7 @@ def counted(where: str, count: int, published: int) -> Finding:
 
 @dataclass(frozen=True)
 class TextList:
-    """The lines of a list, and where they are from."""
+    """Hold the lines of a list, and where they are from."""
 
     where: str
     lines: list[str]
@@ -189,7 +191,7 @@ class TextList:
 
     @staticmethod
     def read(tree: Tree, *names: str) -> TextList:
-        """The first of `names` that the tree has: UTF-8 text with a line an image, whatever ends the lines.
+        """Return the first of `names` that the tree has: UTF-8 text with a line an image, whatever ends the lines.
 
         Raises InputError where there is none, or where it is no text.
         """
@@ -207,24 +209,24 @@ class TextList:
         )
 
     def without_header(self, header: str) -> TextList:
-        """The list without its first line where that starts with `header`."""
+        """Return the list without its first line where that starts with `header`."""
         return replace(self, lines=self.lines[1:], first=2) if self.lines[0].startswith(header) else self
 
     def refuse(self, row: int, wanted: str) -> InputError:
-        """The error of a line that is not `wanted`."""
+        """Return the error of a line that is not `wanted`."""
         return InputError(
             f"{self.where}, line {row + self.first}: {self.lines[row][:80]!r} is not {wanted}: copy the list again"
         )
 
     def keys(self) -> list[str]:
-        """One name of an image a line. Raises InputError for an empty line or a name that leaves the folder."""
+        """Return one name of an image a line. Raises InputError for an empty line or a name that leaves the folder."""
         for row, key in enumerate(self.lines):
             if not key or unsafe(key):
                 raise self.refuse(row, "the name of an image")
         return self.lines
 
     def labelled(self, classes: int, separator: str = " ") -> tuple[list[str], np.ndarray]:
-        """Names and labels (int32), 0…`classes`−1, from lines "name label"; a name may hold the separator, too.
+        """Return names and labels (int32), 0…`classes`−1, from lines "name label"; a name may hold the separator, too.
 
         Raises InputError for any other line.
         """
@@ -239,7 +241,7 @@ class TextList:
 
 
 def text_of(data: bytes, where: str) -> str:
-    """UTF-8 text without a byte order mark. Raises InputError where it is none."""
+    """Return UTF-8 text without a byte order mark. Raises InputError where it is none."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

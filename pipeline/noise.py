@@ -16,13 +16,13 @@ import numpy as np
 
 from pipeline.dataset import InputError
 
-# truck→automobile, bird→airplane, cat↔dog, deer→horse (METHOD: data rules)
+# truck→automobile, bird→airplane, cat↔dog, deer→horse (docs/method.md, Data rules)
 CIFAR10_CONFUSIONS: dict[int, int] = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Which noise is added to clean training labels; the probe and the test set are never touched.
+    """Say which noise is added to clean training labels; the probe and the test set are never touched.
 
     Raises InputError (a ValueError) for a rate outside 0…1, a missing source, or a field that the kind does not read.
     """
@@ -51,13 +51,13 @@ class Noise:
 
 
 def uniform(label_N: np.ndarray, classes: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Labels of which each is redrawn from all K classes, the true one included, with probability `rate`."""
+    """Return labels of which each is redrawn from all K classes, the true one included, with probability `rate`."""
     redrawn_N = rng.random(len(label_N)) < rate
     return np.where(redrawn_N, rng.integers(classes, size=len(label_N)), label_N)
 
 
 def asymmetric(label_N: np.ndarray, mapping: dict[int, int], rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Labels of which each one of a class in `mapping` becomes the class it maps to with probability `rate`."""
+    """Return labels of which each one of a class in `mapping` becomes the class it maps to with probability `rate`."""
     flipped_N = rng.random(len(label_N)) < rate
     noisy_N = label_N.copy()
     for true, wrong in mapping.items():
@@ -68,7 +68,7 @@ def asymmetric(label_N: np.ndarray, mapping: dict[int, int], rate: float, rng: n
 def open_set(
     image_NHWC: np.ndarray, other_MHWC: np.ndarray, rate: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images of which a share `rate`, rounded to whole images, is replaced by others; and which were (bool, N).
+    """Return images of which a share `rate`, rounded to whole images, is replaced by others; and which were (bool, N).
 
     The others are resized by area to the images' size, and drawn with replacement only where they are too few.
     """
@@ -84,7 +84,8 @@ def open_set(
 
 
 def read_label_array(url: str) -> np.ndarray:
-    """The labels (int64, N) at "path.npy" or "path.npz:key", a local path or any fsspec URL. Nothing is unpickled.
+    """Return the labels (int64, N) at "path.npy" or "path.npz:key", a local path or any fsspec URL. Nothing is
+    unpickled.
 
     Raises InputError for a missing or unreadable file, a missing key, or an array that is no list of whole numbers.
     """
@@ -114,7 +115,7 @@ def read_label_array(url: str) -> np.ndarray:
 
 
 def noise_note(noise: Noise, label_N: np.ndarray, true_label_N: np.ndarray) -> str:
-    """One line that states the noise as asked and as measured on the labels (N) made from it.
+    """Return one line that states the noise as asked and as measured on the labels (N) made from it.
 
     An image of no class has the true label −1 and so counts as wrongly labelled.
     """

@@ -28,7 +28,7 @@ BLOCK_ROWS, BLOCK_BYTES = 1024, 64 << 20  # the most of a block: Ray Data pays 1
 
 
 class Purpose(IntEnum):
-    """What a random draw is for: each purpose has its own independent stream."""
+    """Say what a random draw is for: each purpose has its own independent stream."""
 
     ORDER = 1
     VIEWS = 2
@@ -39,21 +39,22 @@ class Purpose(IntEnum):
 
 
 def key(seed: int, purpose: Purpose, counter: int) -> int:
-    """A 128-bit key for a counter-based generator (Philox), distinct for every (seed, purpose, counter)."""
+    """Return a 128-bit key for a counter-based generator (Philox), distinct for every (seed, purpose, counter)."""
     high, low = np.random.SeedSequence((seed, purpose, counter)).generate_state(2, np.uint64)
     return int(high) << 64 | int(low)
 
 
 def generator(seed: int, purpose: Purpose, counter: int) -> np.random.Generator:
-    """The generator behind `key`."""
+    """Return the generator behind `key`."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, counter)))
 
 
 def probe_rows(label_N: np.ndarray, size: int, seed: int, step: int) -> np.ndarray:
-    """Class-balanced rows of the probe set for one step's whole batch, int64; its groups take equal shares in order.
+    """Return class-balanced rows of the probe set for one step's whole batch, int64; its groups take equal shares in
+    order.
 
     Classes take turns from a random start; within a class, rows are drawn without replacement until all were seen.
-    A probe set smaller than `size` repeats inside the batch (METHOD: data rules).
+    A probe set smaller than `size` repeats inside the batch (docs/method.md, Data rules).
     """
     rng = generator(seed, Purpose.PROBE, step)
     classes = np.unique(label_N)
@@ -68,13 +69,13 @@ def probe_rows(label_N: np.ndarray, size: int, seed: int, step: int) -> np.ndarr
 
 
 def chunk_of(group: int, row_bytes: float) -> int:
-    """How many steps' groups one block holds, where a row of a group makes `row_bytes` of views."""
+    """Return how many steps' groups one block holds, where a row of a group makes `row_bytes` of views."""
     return max(1, min(BLOCK_ROWS // group, int(BLOCK_BYTES // (group * row_bytes))))
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which groups a run reads, in which blocks, and which worker gets them.
+    """Say which groups a run reads, in which blocks, and which worker gets them.
 
     A batch of `batch` rows is cut into `lanes` groups of `group` rows. A block holds one lane's groups of up to `chunk`
     consecutive steps; blocks go to the workers round-robin. The order of rows depends on `chunk`, never on `start`,
@@ -92,30 +93,30 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """Groups a batch."""
+        """Return the number of groups a batch."""
         return self.batch // self.group
 
     @property
     def chunks(self) -> range:
-        """The chunks (stretches of `chunk` steps, counted from step 0) that hold a step of this plan."""
+        """Return the chunks (stretches of `chunk` steps, counted from step 0) that hold a step of this plan."""
         return range(self.start // self.chunk, -(-self.stop // self.chunk) if self.stop > self.start else 0)
 
     @property
     def blocks(self) -> int:
-        """Blocks of the whole plan."""
+        """Return the number of blocks of the whole plan."""
         return len(self.chunks) * self.lanes
 
     def steps_of(self, chunk: int) -> range:
-        """The plan's steps in a chunk."""
+        """Return the plan's steps in a chunk."""
         return range(max(self.start, chunk * self.chunk), min(self.stop, (chunk + 1) * self.chunk))
 
     def groups_of(self, block: int) -> list[int]:
-        """The group numbers of a block: group g is lane g mod lanes of step g div lanes."""
+        """Return the group numbers of a block: group g is lane g mod lanes of step g div lanes."""
         chunk, lane = self._place(block)
         return [step * self.lanes + lane for step in self.steps_of(chunk)]
 
     def rows_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row) of a block's groups, both int64 with a line of G a group."""
+        """Return (epoch, row) of a block's groups, both int64 with a line of G a group."""
         chunk, lane = self._place(block)
         first = chunk * self.chunk * self.batch
         position_LSG = np.arange(first, first + self.chunk * self.batch).reshape(self.chunk, self.lanes, self.group)
@@ -136,7 +137,7 @@ class Plan:
 
     @property
     def examples(self) -> int:
-        """N, the rows of an epoch."""
+        """Return N, the rows of an epoch."""
         return int(self.row_groups.sum())
 
     def _place(self, block: int) -> tuple[int, int]:

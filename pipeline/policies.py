@@ -100,7 +100,7 @@ def equalize(image_HWC: np.ndarray, _: float) -> np.ndarray:
 
 
 def invert(image_HWC: np.ndarray, _: float) -> np.ndarray:
-    """255 − value."""
+    """Replace every value by 255 − value."""
     return ~image_HWC
 
 
@@ -208,7 +208,8 @@ IMAGENET_POLICY: tuple[SubPolicy, ...] = (
 
 
 def magnitude(name: str, level: int, height: int, width: int, sign: int) -> float:
-    """What `level` (0…9) of operation `name` means on an H×W image, with `sign` (±1) where the operation has one.
+    """Return what `level` (0…9) of operation `name` means on an H×W image, with `sign` (±1) where the operation has
+    one.
 
     Units are the operation's own: px per px, px, degrees, change of a factor, bits, value. Source: torchvision's
     `AutoAugment._augmentation_space` with 10 bins.
@@ -236,7 +237,7 @@ def magnitude(name: str, level: int, height: int, width: int, sign: int) -> floa
 def apply_policy(
     image_HWC: np.ndarray, policy: Policy, learned: tuple[SubPolicy, ...], rng: np.random.Generator
 ) -> np.ndarray:
-    """The image after a drawn pair of operations, uint8 HWC, perhaps read-only; itself where none is applied.
+    """Return the image after a drawn pair of operations, uint8 HWC, perhaps read-only; itself where none is applied.
 
     "autoaugment" draws one of the sub-policies in `learned`; "random" draws two operations and their levels uniformly,
     as RandAugment does (arXiv:1909.13719), and always applies them; "none" does nothing.
@@ -260,5 +261,5 @@ def apply_policy(
 
 
 def below(n: int, rng: np.random.Generator) -> int:
-    """A whole number in 0…n−1; rng.integers costs ten times as much for one number."""
+    """Return a whole number in 0…n−1; rng.integers costs ten times as much for one number."""
     return int(rng.random() * n)

@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a folder's predictions are of, and which parts that makes."""
+    """Say what a folder's predictions are of, and which parts that makes."""
 
     model: str  # checksum of the model's file
     data_set: str  # checksum of which images they are
@@ -49,20 +49,20 @@ class Predictions:
 
     @property
     def parts(self) -> int:
-        """How many parts hold N rows."""
+        """Return how many parts hold N rows."""
         return -(-self.rows // PART_ROWS)
 
     def name(self, part: int) -> str:
-        """The file of a part."""
+        """Return the file of a part."""
         return f"part-{part:05d}-of-{self.parts:05d}.parquet"
 
     def rows_of(self, part: int) -> range:
-        """The rows of a part."""
+        """Return the rows of a part."""
         return range(part * PART_ROWS, min((part + 1) * PART_ROWS, self.rows))
 
 
 def begin(out: str, wanted: Predictions) -> list[int]:
-    """The parts that are still to be made in the folder `out`, which belongs to `wanted` from now on.
+    """Return the parts that are still to be made in the folder `out`, which belongs to `wanted` from now on.
 
     Raises InputError where it holds other predictions, or cannot be written.
     """
@@ -81,14 +81,14 @@ def begin(out: str, wanted: Predictions) -> list[int]:
 
 
 def missing(url: str, about: Predictions) -> list[int]:
-    """The parts that are not there."""
+    """Return the parts that are not there."""
     fs, path = storage.connect(url)
     there = {entry.rpartition("/")[2] for entry in storage.attempt(fs, path, lambda: fs.ls(path, detail=False))}
     return [part for part in range(about.parts) if about.name(part) not in there]
 
 
 def read(url: str) -> Predictions:
-    """What the predictions in `url` are of. Raises FileNotFoundError where there are none."""
+    """Return what the predictions in `url` are of. Raises FileNotFoundError where there are none."""
     fs, path = storage.connect(url)
     said = storage.read(fs, storage.join(path, NAME))
     try:
@@ -99,7 +99,9 @@ def read(url: str) -> Predictions:
 
 
 def regrouped(tables: Iterable[pa.Table], lengths: Iterable[int]) -> Iterator[pa.Table]:
-    """The rows of `tables`, in order, as tables of `lengths` rows; raises RuntimeError where there are too few."""
+    """Yield the rows of `tables`, in order, as tables of `lengths` rows; raises RuntimeError where there are too
+    few.
+    """
     held, rows = [], 0
     coming = iter(tables)
     for length in lengths:
@@ -123,7 +125,7 @@ def write_part(out: str, about: Predictions, part: int, table: pa.Table) -> None
 
 
 def read_rows(url: str, about: Predictions, rows: range, columns: Sequence[str]) -> pa.Table:
-    """Some columns of consecutive rows. Raises InputError where a part of them is missing or damaged."""
+    """Return some columns of consecutive rows. Raises InputError where a part of them is missing or damaged."""
     fs, path = storage.connect(url)
     tables = []
     for part in range(rows.start // PART_ROWS, -(-rows.stop // PART_ROWS)):

@@ -21,7 +21,7 @@ MAX_BYTES = 256 << 20  # of one image: what a deflated member may grow to
 
 
 def fetch(table: pa.Table) -> Iterator[bytes | Rejected]:
-    """The encoded image of each row of a listing's table, in order, or why there is none.
+    """Yield the encoded image of each row of a listing's table, in order, or why there is none.
 
     Rows of Parquet sources are held in memory together. Raises InputError for storage that cannot be used.
     """
@@ -40,7 +40,9 @@ def fetch(table: pa.Table) -> Iterator[bytes | Rejected]:
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
-    """Names of the columns that hold encoded images: binary, or Hugging Face's struct with a field `bytes`."""
+    """Return the names of the columns that hold encoded images: binary, or Hugging Face's struct with a field
+    `bytes`.
+    """
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):

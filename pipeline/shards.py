@@ -40,7 +40,7 @@ REJECTED_SCHEMA = pa.schema([("id", pa.int64()), ("key", pa.string()), ("split",
 
 @dataclass(frozen=True)
 class Options:
-    """How shards are made."""
+    """Say how shards are made."""
 
     out: str
     """Folder of the shards: a local path or any fsspec URL, such as gs://bucket/folder."""
@@ -57,7 +57,7 @@ class Options:
 
 
 def ingest(layout: Layout, url: str, options: Options, console: Console | None = None) -> Index:
-    """The index of the shards of the data set at `url`, made now unless they are there already.
+    """Return the index of the shards of the data set at `url`, made now unless they are there already.
 
     Raises InputError for what cannot work: lists, storage, too many unusable images, another data set in `out`.
     """
@@ -93,7 +93,7 @@ def ingest(layout: Layout, url: str, options: Options, console: Console | None =
 
 
 def plan_shards(table: pa.Table) -> dict[str, pa.Table]:
-    """File name → the rows of the listing that it is to hold, in order: shuffled by id within their split."""
+    """Return file name → the rows of the listing that it is to hold, in order: shuffled by id within their split."""
     tasks: dict[str, pa.Table] = {}
     splits = table["split"].to_numpy(zero_copy_only=False)
     for split in dict.fromkeys(splits):
@@ -196,7 +196,7 @@ def _told(index: Index) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--from"]:  # a run's files are read: that command's room stands above this one
         import_module("training.clean").main(arguments[1:])  # ends the program

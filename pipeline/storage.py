@@ -48,7 +48,8 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of `url` (a local path or any fsspec URL), and the path in it, without a final slash.
+    """Return the fsspec filesystem of `url` (a local path or any fsspec URL), and the path in it, without a final
+    slash.
 
     Raises InputError for an unknown scheme, a missing driver package, or credentials that cannot be used.
     """
@@ -73,17 +74,17 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 def join(url: str, name: str) -> str:
-    """The URL of `name` in the folder `url`."""
+    """Return the URL of `name` in the folder `url`."""
     return f"{url.rstrip('/')}/{name}"
 
 
 def read(fs: Any, path: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from `start` to before `end`. Raises as `attempt` does."""
+    """Return the bytes of a file, or those from `start` to before `end`. Raises as `attempt` does."""
     return attempt(fs, path, lambda: fs.cat_file(path, start=start, end=end))
 
 
 def exists(fs: Any, path: str) -> bool:
-    """Whether there is such a file or folder. Raises as `attempt` does, but for a file that is not there."""
+    """Return whether there is such a file or folder. Raises as `attempt` does, but for a file that is not there."""
     try:
         attempt(fs, path, lambda: fs.info(path))  # fs.exists says "no" to every failure, also to a forbidden one
     except FileNotFoundError:
@@ -113,13 +114,14 @@ def require_writable(url: str) -> None:
 
 
 def is_object_store(fs: Any) -> bool:
-    """Whether objects appear whole or not at all, and folders need not be made."""
+    """Return whether objects appear whole or not at all, and folders need not be made."""
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return not OBJECT_STORES.isdisjoint(protocols)
 
 
 def attempt(fs: Any, path: str, act: Callable[[], Result]) -> Result:
-    """What `act` returns, which uses `path` of `fs`; transient failures are tried again, a bounded number of times.
+    """Return what `act` returns, which uses `path` of `fs`; transient failures are tried again, a bounded number of
+    times.
 
     Raises FileNotFoundError at once where the file is missing, InputError at once where no other try would help (no
     such bucket, no permission, a folder in place of a file, a full disk), and ConnectionError after the last try.

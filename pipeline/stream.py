@@ -26,7 +26,7 @@ REJECTED = Counter("winnow_rejected_images", "Images that could not be decoded a
 
 
 def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block: int) -> dict[str, np.ndarray]:
-    """All groups of one block of the plan, one behind the other; every draw is keyed by (seed, group)."""
+    """Return all groups of one block of the plan, one behind the other; every draw is keyed by (seed, group)."""
     epoch_SG, row_SG = plan.rows_of(block)
     held = examples.take(row_SG.reshape(-1))
     groups = []
@@ -65,7 +65,7 @@ def _image(examples: Examples, row: int, probe: Examples) -> np.ndarray:
 
 
 class MakeViews:
-    """A CPU actor's work: a block number in, that block's groups out."""
+    """Do a CPU actor's work: a block number in, that block's groups out."""
 
     def __init__(self, refs: list[ray.ObjectRef], views: Views, plan: Plan) -> None:
         self.examples: Split
@@ -75,13 +75,13 @@ class MakeViews:
         cv2.setNumThreads(1)  # an actor has one core
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The groups of the one block that `block["id"]` holds."""
+        """Return the groups of the one block that `block["id"]` holds."""
         (number,) = block["id"]
         return make_block(self.examples, self.probe, self.views, self.plan, int(number))
 
 
 def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Plan, actors: int) -> Dataset:
-    """The lazy data set of a plan; `actors` is the largest number of CPU actors that make views.
+    """Return the lazy data set of a plan; `actors` is the largest number of CPU actors that make views.
 
     Split among N workers with `preserved_order()`, block j goes to worker j mod N.
     """
@@ -98,13 +98,13 @@ def stream(examples: ray.ObjectRef, probe: ray.ObjectRef, views: Views, plan: Pl
 
 
 def preserved_order() -> ExecutionOptions:
-    """Execution options that keep blocks in plan order, on data nodes; set on this process's DataContext too."""
+    """Return execution options that keep blocks in plan order, on data nodes; set on this process's DataContext too."""
     context = DataContext.get_current()
     context.execution_options = ExecutionOptions(preserve_order=True, label_selector=compute.data_nodes())
     return context.execution_options
 
 
 def groups(shard: Any, plan: Plan) -> Iterator[Group]:
-    """A worker's groups, in order, from its shard of the stream."""
+    """Return a worker's groups, in order, from its shard of the stream."""
     size = 2 * plan.group + plan.probe
     return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2))

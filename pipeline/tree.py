@@ -26,7 +26,7 @@ SAMPLE = 500  # members that tell how an archive's names map to keys
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder with the archives in it, or one archive. Open it by `Tree.open`."""
+    """Hold a folder with the archives in it, or one archive. Open it by `Tree.open`."""
 
     url: str  # absolute, without a final slash
     is_folder: bool
@@ -38,7 +38,8 @@ class Tree:
 
     @staticmethod
     def open(url: str, *, spool: str = "") -> Tree:
-        """The tree at `url`: a folder, whose archives and those one folder below are indexed; or an archive itself.
+        """Return the tree at `url`: a folder, whose archives and those one folder below are indexed; or an archive
+        itself.
 
         A compressed tar of images is decompressed once into the folder `spool`, or noted in `unread` without one.
         Raises InputError for a missing or damaged place, and where `url` itself is an archive that cannot be used.
@@ -66,7 +67,7 @@ class Tree:
         return Tree(url, is_folder, (*outer, *inner), tree.unsafe, tree.unread, fs, path)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a list: a plain file, or a member of an archive with up to three folders before `name`.
+        """Return the bytes of a list: a plain file, or a member of an archive with up to three folders before `name`.
 
         Raises FileNotFoundError where there is none, InputError where it cannot be read.
         """
@@ -86,12 +87,12 @@ class Tree:
         return data if how == "stored" else _inflated(data, f"{name} in {url}")
 
     def exists(self, name: str) -> bool:
-        """Whether the tree has a list, file or folder of this name."""
+        """Return whether the tree has a list, file or folder of this name."""
         plain = self.is_folder and storage.exists(self.fs, storage.join(self.path, name))
         return plain or self._member(name) is not None
 
     def places(self, keys: Sequence[str], folders: Sequence[str] = ("",)) -> list[Place]:
-        """Where the images named by `keys` are: members of archives first, else files `folder/key`.
+        """Return where the images named by `keys` are: members of archives first, else files `folder/key`.
 
         Files are not asked for one by one: one that is missing shows when it is read. Of several `folders` the first
         counts that has one of the first keys; where none has, and in a lone archive, the place is MISSING.
@@ -106,12 +107,14 @@ class Tree:
         return [found.get(key) or (f"{lead}/{key}", 0, -1, "file") for key in keys]
 
     def images(self, *under: str) -> Iterator[str]:
-        """Names of all image files, or of those below the folders `under`: plain files, then archives' members."""
+        """Return the names of all image files, or of those below the folders `under`: plain files, then archives'
+        members.
+        """
         yield from self.files(*under)
         yield from self.members(*under)
 
     def members(self, *under: str) -> Iterator[str]:
-        """Names of the archives' images, as if each were unpacked where it lies (see Archive.home)."""
+        """Return the names of the archives' images, as if each were unpacked where it lies (see Archive.home)."""
         folders = set(under)
         for archive in self.archives:
             lead = f"{archive.home}/" if archive.home else ""
@@ -120,7 +123,8 @@ class Tree:
                     yield lead + name
 
     def files(self, *under: str) -> Iterator[str]:
-        """Names of the plain image files; folders are listed in parallel, level by level, so that the order is fixed.
+        """Return the names of the plain image files; folders are listed in parallel, level by level, so that the order
+        is fixed.
 
         Names that are not UTF-8 go to `unsafe`. A folder of `under` that is not there has no files.
         """
@@ -206,7 +210,7 @@ class Tree:
 
 
 def absolute(url: str) -> str:
-    """The URL without a final slash; a local path from the root."""
+    """Return the URL without a final slash; a local path from the root."""
     return url.rstrip("/") if "://" in url else storage.connect(url)[1]
 
 

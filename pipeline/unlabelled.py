@@ -29,7 +29,7 @@ Reader = Callable[[pa.Table], Iterator[tuple[int, str, np.ndarray | Rejected]]]
 
 @dataclass(frozen=True)
 class Images:
-    """N images in a fixed order."""
+    """Hold N images in a fixed order."""
 
     rows: pa.Table  # one an image: what `read` must know of it
     read: Reader
@@ -38,7 +38,8 @@ class Images:
 
 
 def open_images(url: str, split: str, short_side: int) -> Images:
-    """The images at `url`: those of shards (of one `split`, or all where it is ""), or all there are by their names.
+    """Return the images at `url`: those of shards (of one `split`, or all where it is ""), or all there are by their
+    names.
 
     Images in a folder, an archive or a table become what ingest would store, so `short_side` means what it means there;
     ids and keys are those of pipeline.custom.
@@ -68,7 +69,8 @@ def open_images(url: str, split: str, short_side: int) -> Images:
 
 
 def views_of(some: pa.Table, read: Reader, source: Source) -> dict[str, np.ndarray]:
-    """What the network is evaluated on of some of `Images.rows`: image (uint8 N×H×W×C), id, key, place and rejected.
+    """Return what the network is evaluated on of some of `Images.rows`: image (uint8 N×H×W×C), id, key, place and
+    rejected.
 
     `rejected` is the reason why there is no image, "" where there is one; `place` is the row's own column.
     """

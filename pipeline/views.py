@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.policies import CIFAR_POLICY, IMAGENET_POLICY, Policy, apply_policy, below
 
-CUTOUT = 16  # px, the side of the square, for CIFAR and photographs (METHOD: data rules)
+CUTOUT = 16  # px, the side of the square, for CIFAR and photographs (docs/method.md, Data rules)
 CUTOUT_FILL = 128  # mid-grey: the authors cut out zeros of data in [−1, 1]
 
 CIFAR_HEIGHT = 32  # px; the cutout and the pads are scaled to images of another height
@@ -40,16 +40,16 @@ DIGITS_CUTOUT = 3  # px: hides one stroke; CIFAR's half side (4 px) would hide h
 
 
 class Views(Protocol):
-    """What a data set's views can do; `rng` is the only source of randomness, so equal keys give equal views."""
+    """Make a data set's views; `rng` is the only source of randomness, so equal keys give equal views."""
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The weak view, uint8 HWC."""
+        """Return the weak view, uint8 HWC."""
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The weak and the strong view, both uint8 HWC; the weak one is what `weak` gives for the same key."""
+        """Return the weak and the strong view, both uint8 HWC; the weak one is what `weak` gives for the same key."""
 
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The view to evaluate on, uint8 HWC."""
+        """Return the view to evaluate on, uint8 HWC."""
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def cutout(image_HWC: np.ndarray, size: int, fill: int, rng: np.random.Generator) -> np.ndarray:
-    """A copy with a square of `size` px painted over; its centre is uniform, so it may hang over the border.
+    """Return a copy with a square of `size` px painted over; its centre is uniform, so it may hang over the border.
 
     Source: arXiv:1708.04552.
     """
@@ -83,7 +83,9 @@ def cutout(image_HWC: np.ndarray, size: int, fill: int, rng: np.random.Generator
 
 
 def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random part of an H×W image: (top, left, height, width) in px, as torchvision's RandomResizedCrop draws it."""
+    """Return a random part of an H×W image: (top, left, height, width) in px, as torchvision's RandomResizedCrop draws
+    it.
+    """
     low, high = CROP_AREA
     narrow, wide = CROP_RATIO
     for _ in range(CROP_TRIES):
@@ -99,7 +101,8 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
 
 
 def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at another size by bilinear interpolation; what shrinks is smoothed first, as torchvision and PIL do.
+    """Return the image at another size by bilinear interpolation; what shrinks is smoothed first, as torchvision and
+    PIL do.
 
     They weigh by a triangle as wide as the scale. A smoothing of the same variance and cv2's plain interpolation leave
     as much fine detail, within 5 %; cv2's INTER_AREA leaves up to 50 % more, in twice the time at scales below 2.
@@ -128,7 +131,7 @@ def _centre(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fitted(image_HWC: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """A test view in the H, W and C that a network sees; it is changed only where it has others.
+    """Return a test view in the H, W and C that a network sees; it is changed only where it has others.
 
     Views of small images are as large as these: one of another origin turns grey for a network of one channel, and its
     central square is resized by area.
@@ -148,18 +151,20 @@ def fitted(image_HWC: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CifarViews:
-    """Views of small RGB photographs (METHOD: data rules); strong is made on top of weak."""
+    """Make views of small RGB photographs (docs/method.md, Data rules); strong is made on top of weak."""
 
     policy: Policy = "autoaugment"
     """Operations of the strong view: the learned CIFAR policy, two random ones, or none (flip, crop, cutout only)."""
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Random crop after a pad of 2 px, random flip: uint8 HW3."""
+        """Return a random crop after a pad of 2 px, random flip: uint8 HW3."""
         cropped = shift_crop(image_HWC, _scaled(WEAK_PAD, len(image_HWC), CIFAR_HEIGHT), rng)
         return np.ascontiguousarray(flip(cropped, rng))
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The weak view, and the strong one: policy, flip, crop after a pad of 4 px, cutout of 16 px; uint8 HW3."""
+        """Return the weak view, and the strong one: policy, flip, crop after a pad of 4 px, cutout of 16 px; uint8
+        HW3.
+        """
         height = len(image_HWC)
         weak = self.weak(image_HWC, rng)
         changed = flip(apply_policy(weak, self.policy, CIFAR_POLICY, rng), rng)
@@ -167,13 +172,13 @@ class CifarViews:
         return weak, cutout(cropped, _scaled(CUTOUT, height, CIFAR_HEIGHT), CUTOUT_FILL, rng)
 
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The image itself."""
+        """Return the image itself."""
         return image_HWC
 
 
 @dataclass(frozen=True)
 class PhotoViews:
-    """S×S views of RGB photographs of any size (METHOD: data rules); weak and strong show independent parts."""
+    """Make S×S views of RGB photographs of any size (docs/method.md, Data rules); weak and strong show other parts."""
 
     policy: Policy = "autoaugment"
     """Operations of the strong view: the learned ImageNet policy, two random ones, or none (crop, flip, cutout)."""
@@ -181,24 +186,26 @@ class PhotoViews:
     """Side of a view, px."""
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random part of random shape, resized, and a random flip: uint8 SS3."""
+        """Return a random part of random shape, resized, and a random flip: uint8 SS3."""
         height, width, _ = image_HWC.shape
         top, left, h, w = crop_box(height, width, rng)
         return flip(resize(image_HWC[top : top + h, left : left + w], self.size, self.size), rng)
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The weak view, and the strong one: another part, flip, policy, cutout of 16 px; both uint8 SS3."""
+        """Return the weak view, and the strong one: another part, flip, policy, cutout of 16 px; both uint8 SS3."""
         weak = self.weak(image_HWC, rng)
         changed = apply_policy(self.weak(image_HWC, rng), self.policy, IMAGENET_POLICY, rng)
         return weak, cutout(changed, _scaled(CUTOUT, self.size, PHOTO_SIZE), CUTOUT_FILL, rng)
 
     @property
     def short_side(self) -> int:
-        """To how many px a test view resizes the short side before it cuts out the centre: 256 for views of 224."""
+        """Return to how many px a test view resizes the short side before it cuts out the centre: 256 for views of
+        224.
+        """
         return _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
 
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The centre of the image, after its short side is resized to 256 px: uint8 SS3."""
+        """Return the centre of the image, after its short side is resized to 256 px: uint8 SS3."""
         height, width, _ = image_HWC.shape
         short = min(height, width)
         # A banner loses its ends first: resized as a whole it would fill the memory.
@@ -209,14 +216,14 @@ class PhotoViews:
 
 @dataclass(frozen=True)
 class DigitsViews:
-    """Views of 8×8×1 grey digits, light on black; never flipped, because a mirrored digit is no digit."""
+    """Make views of 8×8×1 grey digits, light on black; never flipped, because a mirrored digit is no digit."""
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A shift by up to 1 px each way: uint8 HW1."""
+        """Return a shift by up to 1 px each way: uint8 HW1."""
         return np.ascontiguousarray(shift_crop(image_HWC, DIGITS_SHIFT, rng))
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The weak view, and on top of it the strong one: affine map, contrast, cutout; uint8 HW1."""
+        """Return the weak view, and on top of it the strong one: affine map, contrast, cutout; uint8 HW1."""
         weak = self.weak(image_HWC, rng)
         height, width, _ = weak.shape
         warped_HW = cv2.warpAffine(weak, _digits_affine(height, width, rng), (width, height))
@@ -225,7 +232,7 @@ class DigitsViews:
         return weak, cutout(contrasted_HW[:, :, None], DIGITS_CUTOUT, 0, rng)
 
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The image itself."""
+        """Return the image itself."""
         return image_HWC
 
 

@@ -47,7 +47,7 @@ class WebVision(Layout):
             raise InputError(f"probe-per-class is {self.probe_per_class}: give 1 or more")
 
     def listing(self, url: str, *, look_around: bool = False) -> Listing:
-        """The lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
+        """Return the lists of the data set at `url`, settled; with `look_around`, unlisted files are counted too.
 
         Raises InputError where a list or ImageNet is missing or cannot be read.
         """

@@ -27,7 +27,7 @@ LOG_WIDTH = 160  # of a table in a log, which has no width of its own
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial that is over."""
+    """Hold a trial that is over."""
 
     name: str
     state: Literal["finished", "stopped", "failed"]  # stopped: early, by ASHA
@@ -39,7 +39,7 @@ class Tried:
 
 
 def ranked(tried: Sequence[Tried]) -> list[Tried]:
-    """Finished ones first, then those that were stopped, by their figures; then those that failed."""
+    """Return finished ones first, then those that were stopped, by their figures; then those that failed."""
     order = {"finished": 0, "stopped": 1, "failed": 2}
     return sorted(tried, key=lambda each: (order[each.state], -(each.figure or 0.0)))
 
@@ -56,7 +56,7 @@ def table(tried: Sequence[Tried], console: Console) -> None:
 
 
 def short(value: Any) -> str:
-    """A value to three digits."""
+    """Return a value to three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -96,7 +96,7 @@ def _write(folder: str, name: str, data: bytes) -> None:
 
 
 def picture(tried: Sequence[Tried]) -> bytes:
-    """A PNG: the best so far against the steps spent, and every trial as a line through its fields."""
+    """Return a PNG: the best so far against the steps spent, and every trial as a line through its fields."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", dpi=150)
     best_so_far(tried, above)
     parallel_coordinates(tried, below)
@@ -107,7 +107,7 @@ def picture(tried: Sequence[Tried]) -> bytes:
 
 
 def best_so_far(tried: Sequence[Tried], axes: Axes) -> None:
-    """Trials as dots where they ended, and the best finished one's figure as a line."""
+    """Draw trials as dots where they ended, and the best finished one's figure as a line."""
     spent = np.cumsum([each.step for each in tried])
     best = -np.inf
     steps, heights = [], []
@@ -126,7 +126,7 @@ def best_so_far(tried: Sequence[Tried], axes: Axes) -> None:
 
 
 def parallel_coordinates(tried: Sequence[Tried], axes: Axes) -> None:
-    """An upright a field, a line a trial, coloured by its figure; those that were stopped early are thin."""
+    """Draw an upright a field, a line a trial, coloured by its figure; those that were stopped early are thin."""
     held = sorted((each for each in tried if each.figure is not None), key=lambda each: each.figure or 0.0)
     paths = list(tried[0].fields)
     places = {path: _place([each.fields[path] for each in held]) for path in paths}

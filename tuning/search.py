@@ -26,7 +26,7 @@ STATE = "sweep.json"  # in the sweep's folder: what it is
 
 
 def main(recipe: Callable[[str], Recipe], trained_by: Callable[[str], Recipe], searched: Mapping[str, Domain]) -> None:
-    """The whole of a tuning script; `trained_by` is the recipe of the training script that takes best.yaml."""
+    """Run the whole of a tuning script; `trained_by` is the recipe of the training script that takes best.yaml."""
     chosen = preset(recipe, None)
     sweep = tyro.cli(
         Sweep,
@@ -135,7 +135,7 @@ def _claim(sweep: Sweep, searched: Mapping[str, Domain]) -> None:
 
 
 def _room(sweep: Sweep) -> int:
-    """Trials at a time, on the cluster of RAY_ADDRESS or this machine.
+    """Return how many trials run at a time, on the cluster of RAY_ADDRESS or this machine.
 
     Raises InputError where the cluster, as far as it can grow, never has room for one.
     """

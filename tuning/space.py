@@ -31,7 +31,7 @@ SCHEDULE: Mapping[str, Domain] = {
 
 
 def parse(words: Iterable[str]) -> dict[str, Domain]:
-    """PATH=LOW..HIGH, PATH=log:LOW..HIGH and PATH=A,B,C as domains; raises InputError for anything else.
+    """Return PATH=LOW..HIGH, PATH=log:LOW..HIGH and PATH=A,B,C as domains; raises InputError for anything else.
 
     Ranges between whole numbers written without a point are of whole numbers.
     """
@@ -88,7 +88,9 @@ def _holds(domain: Domain, value: Any) -> bool:
 
 
 def points(searched: Mapping[str, Domain], recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
-    """Where the recipes are in the space; a field outside of its range is left out, and chosen like any other."""
+    """Return where the recipes are in the space; a field outside of its range is left out, and chosen like any
+    other.
+    """
     found: list[dict[str, Any]] = []
     for recipe in recipes:
         values = {path: reduce(getattr, path.split("."), recipe) for path in searched}
@@ -99,12 +101,12 @@ def points(searched: Mapping[str, Domain], recipes: Iterable[Recipe]) -> list[di
 
 
 def grid(searched: Mapping[str, Domain]) -> dict[str, Any]:
-    """All combinations, as Tune has them."""
+    """Return all combinations, as Tune has them."""
     return {path: tune.grid_search(list(domain.categories)) for path, domain in searched.items()}
 
 
 def size(searched: Mapping[str, Domain]) -> int:
-    """Points of a grid; raises InputError for a range, which has no values to combine."""
+    """Count the points of a grid; raises InputError for a range, which has no values to combine."""
     for path, domain in searched.items():
         if not isinstance(domain, Categorical):
             raise InputError(f"a grid combines values, and {path} has a range: search {path}=A,B,C")
@@ -112,12 +114,12 @@ def size(searched: Mapping[str, Domain]) -> int:
 
 
 def logarithmic(domain: Domain) -> bool:
-    """Whether a range is searched on a logarithmic scale."""
+    """Return whether a range is searched on a logarithmic scale."""
     return isinstance(domain, (Float, Integer)) and isinstance(domain.get_sampler(), LogUniform)
 
 
 def as_text(searched: Mapping[str, Domain]) -> dict[str, str]:
-    """The space as `parse` reads it."""
+    """Return the space as `parse` reads it."""
     return {
         path: ",".join(map(str, _ends(domain)))
         if isinstance(domain, Categorical)

@@ -15,7 +15,7 @@ from training.recipe import Recipe, override
 
 @dataclass(frozen=True)
 class Sweep:
-    """A search for the fields of a recipe that do best on held-out trusted examples."""
+    """Search for the fields of a recipe that do best on held-out trusted examples."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """Where the search starts; its name, with -sweep, is the sweep's folder under storage."""
@@ -43,11 +43,11 @@ class Sweep:
 
     @property
     def folder(self) -> str:
-        """Absolute path or URL of everything the sweep writes."""
+        """Return the absolute path or URL of everything the sweep writes."""
         where = self.recipe.storage if "://" in self.recipe.storage else os.path.abspath(self.recipe.storage)
         return storage.join(where, f"{self.recipe.name}-sweep")
 
     def at(self, point: Mapping[str, Any]) -> Recipe:
-        """The recipe with the fields of `point`, and a schedule whose whole cycles fill the sweep's steps."""
+        """Return the recipe with the fields of `point`, and a schedule whose whole cycles fill the sweep's steps."""
         recipe = override(self.recipe, point)
         return replace(recipe, schedule=recipe.schedule.filling(self.recipe.schedule.steps))

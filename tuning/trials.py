@@ -38,7 +38,7 @@ FOLDER = "tune"  # of Tune's own files
 
 
 class Trial(tune.Trainable):
-    """A run; each step trains one more cycle. What was done before an interruption is not done again."""
+    """Train a run, one more cycle each step. What was done before an interruption is not done again."""
 
     def setup(self, config: dict[str, Any], sweep: Sweep) -> None:
         """See `tune.Trainable`."""
@@ -52,7 +52,7 @@ class Trial(tune.Trainable):
         )
 
     def step(self) -> dict[str, Any]:
-        """The figures at the end of the next cycle."""
+        """Return the figures at the end of the next cycle."""
         schedule = self.recipe.schedule
         cycle_end = schedule.ends[self.iteration]
         try:
@@ -70,7 +70,7 @@ class Trial(tune.Trainable):
 
 
 class Asha(ASHAScheduler):
-    """Asynchronous successive halving that stops nobody until there are others to judge by.
+    """Halve successively and asynchronously, but stop nobody until there are others to judge by.
 
     So the first trials, the recipe's own point and the paper's among them, are trained to their end.
     """
@@ -87,12 +87,14 @@ class Asha(ASHAScheduler):
 
 
 def first_rung(ends: Sequence[int]) -> int:
-    """The first cycle end with a third of the steps: where labels are wrong, who learns fastest at first fits noise."""
+    """Return the first cycle end with a third of the steps: where labels are wrong, who learns fastest at first fits
+    noise.
+    """
     return next(end for end in ends if end * REDUCTION >= ends[-1])
 
 
 def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe], parallel: int) -> tune.Tuner:
-    """Ray Tune, ready to fit: `first` are the recipes whose points come before all others."""
+    """Return Ray Tune, ready to fit: `first` are the recipes whose points come before all others."""
     # Tune saves its state now and then; what it has not saved is proposed anew.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -148,7 +150,7 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
 
 
 def tried(result: Any, metric: str) -> Tried:
-    """A trial of Tune's results."""
+    """Return a trial of Tune's results."""
     last = result.metrics or {}
     reason = _reason(str(result.error)) if result.error else last["failed"]
     return Tried(
@@ -163,13 +165,13 @@ def tried(result: Any, metric: str) -> Tried:
 
 
 def _reason(error: str) -> str:
-    """The last line of a traceback."""
+    """Return the last line of a traceback."""
     return error.strip().splitlines()[-1]
 
 
 @dataclass
 class Lines(tune.Callback):
-    """A line on the terminal for every cycle that a trial has trained, with the time left."""
+    """Print a line on the terminal for every cycle that a trial has trained, with the time left."""
 
     trials: int
     steps: int
