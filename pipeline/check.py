@@ -30,7 +30,7 @@ from pipeline.images import Rejected, check_image, decode
 from pipeline.layout import Finding, Layout, Listing
 from pipeline.raw import fetch
 
-REJECT = 0.01  # share of unusable images at which ingest stops, unless told otherwise
+REJECT = 0.01  # share of unusable images at which ingest stops, by default
 SMALL_VERSION = 256  # px: short side of the smaller of the two versions in which WebVision is distributed
 IMBALANCE = 10  # times as many images in the largest class as in the smallest: worth a note
 RUN = 16  # sampled rows that stay together in Parquet, whose row groups are read whole
@@ -74,13 +74,13 @@ class Report:
 def check(layout: Layout | CifarFiles, url: str, sample: int = 200) -> Report:
     """Report on the raw data set at `url`; `sample` images of all its splits are read and decoded.
 
-    Raises InputError where a list is missing or wrong, so that nothing more can be said.
+    Raises InputError where a list is missing or wrong, so that nothing more can be found.
     """
     if isinstance(layout, CifarFiles):
         return Report(tuple(_of_cifar(layout, url)))
     listing = layout.listing(url, look_around=True)
     findings = [*_of_counts(listing), *_of_classes(listing), *_of_files(listing), *_of_images(listing, sample)]
-    # A layout may know a better fix for what is found here too: the same words are said once, by the layout.
+    # A layout may know a better fix for what is found here too: the same words come once, from the layout.
     unique = {finding.what: finding for finding in (*findings, *listing.findings)}
     return Report(tuple(unique.values()), listing)
 
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = command.parse("pipeline.check", __doc__, layouts, Options, arguments)
     try:
         report = check(chosen.layout, chosen.url, chosen.options.sample)
-    except (InputError, ConnectionError) as error:  # nothing more can be said
+    except (InputError, ConnectionError) as error:  # nothing more can be found
         report = Report((Finding("error", str(error)),))
     show(report, Console(highlight=False))
     return 1 if report.count("error") else 0

@@ -63,9 +63,9 @@ class Shard:
     per_class: tuple[int, ...]
 
     @staticmethod
-    def of(said: Mapping[str, Any]) -> Shard:
+    def of(fields: Mapping[str, Any]) -> Shard:
         """Return the shard that an index, in JSON, tells of."""
-        return Shard(**{**said, "per_class": tuple(said["per_class"])})
+        return Shard(**{**fields, "per_class": tuple(fields["per_class"])})
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def read_index(url: str) -> Index:
     """Return the index at `url`; raises InputError where there is none, or none that can be read."""
     fs, path = storage.connect(url)
     try:
-        said = json.loads(storage.read(fs, storage.join(path, NAME)))
-        shards = tuple(map(Shard.of, said.pop("shards")))
-        return Index(shards=shards, **{**said, "class_names": tuple(said["class_names"])})
+        held = json.loads(storage.read(fs, storage.join(path, NAME)))
+        shards = tuple(map(Shard.of, held.pop("shards")))
+        return Index(shards=shards, **{**held, "class_names": tuple(held["class_names"])})
     except FileNotFoundError:
         raise InputError(
             f"no {NAME} in {url}: make shards first, python -m pipeline.shards DATASET RAW --out {url}"

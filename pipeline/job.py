@@ -38,7 +38,7 @@ class JobProgress:
     """Show images done of all, how fast, and the time left: a bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
-        self.total, self.console, self.told = total, console, time.monotonic()
+        self.total, self.console, self.printed = total, console, time.monotonic()
         self.first: tuple[float, float] | None = None  # when results began to come, and the images done then
         columns = (
             TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
@@ -61,11 +61,11 @@ class JobProgress:
         speed = images / max(now - self.first[0], 1e-9)
         text = ", ".join(filter(None, [f"{speed:.0f} img/s" if images else "", note]))
         self.bar.update(self.task, advance=count, text=text)
-        if not self.console.is_terminal and now - self.told > LOG_EVERY and images:
-            self.told = now
+        if not self.console.is_terminal and now - self.printed > LOG_EVERY and images:
+            self.printed = now
             left = (self.total - done) / speed
-            told = f"{done:,.0f} of {self.total:,} images, {text}, {timedelta(seconds=round(left))} left"
-            self.console.print(told, highlight=False)
+            line = f"{done:,.0f} of {self.total:,} images, {text}, {timedelta(seconds=round(left))} left"
+            self.console.print(line, highlight=False)
 
 
 def settings(*, ordered: bool = False) -> None:
@@ -140,9 +140,9 @@ def put(
         shard = write_shard(f"{scratch}/{name}", rows, classes, schema)
         if shard:
             storage.commit(fs, f"{scratch}/{name}", storage.join(folder, name))
-    told = json.dumps({**record, "shard": asdict(shard) if shard else None})
-    storage.write(fs, storage.join(folder, f"{WORK}/{name}.json"), told.encode())
-    return pa.table({"record": [told]})
+    text = json.dumps({**record, "shard": asdict(shard) if shard else None})
+    storage.write(fs, storage.join(folder, f"{WORK}/{name}.json"), text.encode())
+    return pa.table({"record": [text]})
 
 
 def shards_of(names: Iterable[str], done: Mapping[str, Record]) -> tuple[Shard, ...]:

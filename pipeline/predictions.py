@@ -44,7 +44,7 @@ class Predictions:
     split: str  # of shards; "": all
     rows: int  # N
     class_names: tuple[str, ...]
-    top: int  # classes told of each image
+    top: int  # classes reported of each image
     all_probabilities: bool
 
     @property
@@ -90,9 +90,9 @@ def missing(url: str, about: Predictions) -> list[int]:
 def read(url: str) -> Predictions:
     """Return what the predictions in `url` are of. Raises FileNotFoundError where there are none."""
     fs, path = storage.connect(url)
-    said = storage.read(fs, storage.join(path, NAME))
+    data = storage.read(fs, storage.join(path, NAME))
     try:
-        fields = json.loads(said)
+        fields = json.loads(data)
         return Predictions(**{**fields, "class_names": tuple(fields["class_names"])})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{url}/{NAME} is damaged ({error}): predict again, to another folder") from None

@@ -43,7 +43,7 @@ _TRANSIENT_TYPES = (
 
 Result = TypeVar("Result")
 
-# gcsfs logs a traceback for each failure that it raises: it is told once, by whoever catches it.
+# gcsfs logs a traceback for each failure that it raises: whoever catches it reports it once.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 

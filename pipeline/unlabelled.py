@@ -51,7 +51,7 @@ def open_images(url: str, split: str, short_side: int) -> Images:
         if split and split not in index.splits:
             raise InputError(f"{url} has no {split} set, only {', '.join(index.splits)}: change --split")
         chosen = index.of(url, split) if split else Shards(url, index.shards, index.row_group)
-        # Every task is told of all shards: without their counts of a thousand classes.
+        # Every task is given all shards: without their counts of a thousand classes.
         shards = replace(chosen, shards=tuple(replace(shard, per_class=()) for shard in chosen.shards))
         table = pa.table({"row": np.arange(len(shards))})
         return Images(table, partial(_read_shards, shards=shards), shards.digest, index.class_names)

@@ -50,8 +50,8 @@ def table(tried: Sequence[Tried], console: Console) -> None:
     shown = Table("trial", *(path.split(".")[-1] for path in paths), "validation", "steps", "", box=None)
     for each in ranked(tried):
         figure = "" if each.figure is None else f"{100 * each.figure:.1f} %"
-        told = each.reason if each.state == "failed" else each.state
-        shown.add_row(each.name, *(short(each.fields[path]) for path in paths), figure, f"{each.step:,}", told)
+        state = each.reason if each.state == "failed" else each.state
+        shown.add_row(each.name, *(short(each.fields[path]) for path in paths), figure, f"{each.step:,}", state)
     (console if console.is_terminal else Console(file=console.file, width=LOG_WIDTH)).print(shown)
 
 

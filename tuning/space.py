@@ -43,7 +43,7 @@ def _parse(word: str) -> tuple[str, Domain]:
     path, log = path.replace("-", "_"), text.startswith("log:")
     low, dots, high = text.removeprefix("log:").partition("..")
     if not (path and text):
-        raise InputError(f"{word} says nothing to search: write objective.p=log:0.1..20 or schedule.lr=0.05,0.1")
+        raise InputError(f"{word} names nothing to search: write objective.p=log:0.1..20 or schedule.lr=0.05,0.1")
     if not dots:
         return path, tune.choice([_value(each) for each in text.split(",")])
     first, last = _number(word, low), _number(word, high)
@@ -57,7 +57,7 @@ def _parse(word: str) -> tuple[str, Domain]:
 def _number(word: str, text: str) -> int | float:
     value = _value(text)
     if isinstance(value, str) or not math.isfinite(value):
-        raise InputError(f"{word} is no range: {text or 'nothing'} is no number")
+        raise InputError(f"{word} is no range: {text or 'nothing'} is not a number")
     return value
 
 

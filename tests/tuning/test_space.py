@@ -42,15 +42,15 @@ def test_values_keep_their_kind():
 @pytest.mark.parametrize(
     ("word", "why"),
     [
-        ("objective.p", "says nothing to search"),
-        ("=1..2", "says nothing to search"),
+        ("objective.p", "names nothing to search"),
+        ("=1..2", "names nothing to search"),
         ("objective.p=2..1", "empty range"),
         ("objective.p=1..1", "empty range"),
         ("objective.p=log:0..1", "above 0"),
-        ("objective.p=1..many", "many is no number"),
-        ("objective.p=..3", "nothing is no number"),
-        ("objective.p=1..inf", "inf is no number"),
-        ("objective.p=1..nan", "nan is no number"),
+        ("objective.p=1..many", "many is not a number"),
+        ("objective.p=..3", "nothing is not a number"),
+        ("objective.p=1..inf", "inf is not a number"),
+        ("objective.p=1..nan", "nan is not a number"),
     ],
 )
 def test_what_is_no_range_is_refused(word, why):
