@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from pipeline.dataset import Dataset, Examples, InputError, Source, draw_probe, keyed_generator
 from pipeline.noise import Noise, noise_note, uniform
@@ -45,6 +44,8 @@ class Digits(Source):
         """Return the data set, which needs no `url`; ids are rows of scikit-learn's arrays."""
         if url:
             raise InputError(f"digits come with scikit-learn and are not read from {url}: leave --data out")
+        from sklearn.datasets import load_digits  # a second to import, which only who loads them should wait for
+
         digits = load_digits()
         image_NHWC = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         label_N = digits.target.astype(np.int64)
