@@ -24,7 +24,7 @@ def sums(rows: pa.Table) -> pa.Table:
 
 
 def test_all_rows_of_a_key_come_to_one_task(local_ray, monkeypatch):
-    monkeypatch.setattr(keyed, "TASK_ROWS", 100)
+    monkeypatch.setattr(keyed, "TASK_ROWS", 250)  # four tasks
     tasks = [pa.table({"start": [start], "stop": [start + 250]}) for start in range(0, 1000, 250)]
     tables = list(keyed.reduce_by_key(tasks, squares, "number", 1000, sums))
     assert len([table for table in tables if len(table)]) > 3

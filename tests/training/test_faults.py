@@ -8,9 +8,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("own clusters")
 def test_a_run_survives_the_loss_of_worker_node_and_driver(tmp_path):
-    environment = {**os.environ}
+    # Modules are compiled where they were installed: none is to be compiled anew for this command alone.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": ""}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "benchmarks.resilience", "--faults", "one_after_another"]
     done = subprocess.run(

@@ -123,11 +123,19 @@ def test_other_precisions_answer_as_they_were_evaluated(changes, digits, local_r
 
 
 def test_images_and_predictions_may_be_in_the_cloud(trained, digits, predicted, bucket):
-    layouts.write(f"{bucket}/in", {str(path.relative_to(digits)): path.read_bytes() for path in digits.rglob("*.png")})
+    """A hundred of the images: in other batches than before, so that probabilities are equal but for rounding."""
+    some = {str(path.relative_to(digits)): path.read_bytes() for path in sorted(digits.rglob("*.png"))[::5]}
+    layouts.write(f"{bucket}/in", some)
     predict.predict(Request(trained.folder, f"{bucket}/in", f"{bucket}/out", top=3, all_probabilities=True), quiet())
     about = predictions.read(f"{bucket}/out")
-    rows = predictions.read_rows(f"{bucket}/out", about, range(497), predictions.SCHEMA.names)
-    assert {row["key"]: row for row in rows.to_pylist()} == answers(predicted)
+    rows = predictions.read_rows(f"{bucket}/out", about, range(100), predictions.SCHEMA.names).to_pylist()
+    expected = answers(predicted)
+    assert sorted(row["key"] for row in rows) == sorted(some)
+    for row in rows:
+        local = expected[row["key"]]
+        for name in ("top_probabilities", "pred_probs"):
+            np.testing.assert_allclose(row.pop(name), local.pop(name), atol=1e-6)
+        assert row == local
 
 
 def test_images_that_cannot_be_used_are_listed(trained, tmp_path):
