@@ -4,14 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs install constraints clean
+.PHONY: demo test test-fast lint docs install constraints clean
 
 demo: install            ## train on digits with 80 % label noise: cross-entropy, then the full method
 	rm -rf runs/digits runs/digits-supervised
 	$(BIN)/python training/digits.py
 
+# As many processes as there are cores, each with a Ray of its own where its tests need one: of 1 to 2 GB.
+PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest \
+	--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: install            ## all tests; no GPU, no network, no data needed
-	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: install       ## those that start no other process: within two minutes on two cores
+	$(PYTEST) -m fast
 
 lint: install            ## style, types, import borders, declared packages, length and branches of functions
 	$(BIN)/ruff format --check .

@@ -1,7 +1,13 @@
-"""Settings of every test: one thread a process, no time limits on generated examples, one cloud storage, one Ray."""
+"""Settings of every test: one thread a process, no time limits on generated examples, one cloud storage, one Ray.
+
+A test is marked `fast` unless it is marked `slow` or one of its fixtures starts something; `make test-fast` runs these.
+Where tests run in several processes (`make test` does, see pytest-xdist), those of a file stay together, and those
+with clusters of their own are all in one process, so that no two of these stand at once.
+"""
 
 import os
 import socket
+import subprocess
 import uuid
 
 import pytest
@@ -14,13 +20,38 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 # The emulator of cloud storage knows no accounts, and gcsfs asks it for no hierarchical folders.
 os.environ["FSSPEC_GCS_TOKEN"] = "anon"
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    STORAGE_PORT = free.getsockname()[1]
+reserved = socket.socket()  # until the emulator starts: nobody else gets the port
+reserved.bind(("127.0.0.1", 0))
+STORAGE_PORT = reserved.getsockname()[1]
 os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{STORAGE_PORT}"
 
 settings.register_profile("winnow", deadline=None)
 settings.load_profile("winnow")
+
+STARTS = {"local_ray", "storage", "both", "cluster"}  # fixtures that start other processes, or a server
+FIRST = ("own clusters", "test_launch", "test_predict", "test_resume", "test_passes", "test_sharded", "test_graph")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist look at marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast, keep the tests of a file in one process, and begin with what takes longest."""
+    for item in items:
+        if not STARTS & set(item.fixturenames) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.fast)
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    order = {group: place for place, group in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(FIRST)))
+
+
+@pytest.fixture(autouse=True)
+def _fast_is_in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("fast"):
+
+        def refuse(*arguments, **named):
+            pytest.fail("a fast test starts no process: mark it slow")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +69,7 @@ def storage():
     """An emulator of Google Cloud Storage on loopback; every process of this test run finds it by its environment."""
     from gcp_storage_emulator.server import create_server
 
+    reserved.close()
     server = create_server("127.0.0.1", STORAGE_PORT, in_memory=True)
     server.start()
     yield

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "training", "tuning")
 
@@ -20,6 +22,7 @@ def loaded_after_importing(modules: list[str]) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_objectives_and_networks_know_no_ray():
     files = (ROOT / "training" / "objectives").rglob("[!_]*.py")
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]

@@ -69,6 +69,7 @@ def test_a_network_that_cannot_be_set_up_keeps_its_rows(tmp_path, monkeypatch):
     assert all(row[name] is None for row in rows for name in meta_gradient.FORMATS)
 
 
+@pytest.mark.slow
 def test_it_runs_where_only_torch_is_installed():
     absent = "{'ray', 'pipeline', 'tyro', 'timm', 'torchvision', 'pyarrow'}"
     code = f"import sys, benchmarks.meta_gradient; print(sorted({absent} & set(sys.modules)))"

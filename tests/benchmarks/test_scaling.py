@@ -30,6 +30,7 @@ def test_the_model_is_monotone():
     assert all(slower > seconds[3] for slower in more)
 
 
+@pytest.mark.slow
 def test_two_workers_are_measured_counted_and_agree(tmp_path, capsys):
     tiny = ["--workers", "1", "2", "--steps", "2", "--warm-ups", "1", "--size", "8", "--batch", "8", "--groups", "2"]
     scaling.main(["--out", str(tmp_path / "out.json"), "--double", *tiny])

@@ -21,6 +21,7 @@ def tiny(cell, tables, seed) -> Recipe:
     return replace(digits, batch=20, probe_batch=20, group=10)
 
 
+@pytest.mark.slow
 def test_every_scope_is_trained_and_all_are_asked_on_the_exact_way(tmp_path, monkeypatch):
     one = next(cell for cell in cells() if cell.name == "A:cifar10:uniform:0.4:winnow")
     monkeypatch.setattr(scopes, "cells", lambda: [one])

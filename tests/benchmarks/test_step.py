@@ -11,6 +11,8 @@ from training.engine.passes import compiled
 ON_CPU = [name for name in step.HOW if "compiled" not in name and "graph" not in name]
 TINY = ["--networks", "wrn-10-1", "--batch", "8", "--size", "8", "--rounds", "1", "--device", "cpu"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):

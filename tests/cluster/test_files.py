@@ -51,12 +51,14 @@ def test_a_misspelling_in_the_launch_file_is_caught(path):
         check_launch(with_misspelling(GCP, path))
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_launch_file_are_bash():
     for name in ("setup", "head_setup", "head_start_ray", "worker_start_ray"):
         for command in GCP[f"{name}_commands"]:
             subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
+@pytest.mark.slow
 def test_the_launch_file_without_spot_machines(tmp_path):
     (command,) = re.findall(r"(sed '.*') cluster/gcp.yaml > on-demand.yaml", (FOLDER / "gcp.yaml").read_text())
     text = subprocess.run(f"{command} {FOLDER / 'gcp.yaml'}", shell=True, capture_output=True, text=True, check=True)

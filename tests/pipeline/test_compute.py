@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from pipeline import compute
 
 
@@ -11,6 +13,7 @@ def test_nodes_without_labels_are_for_everything(local_ray):
     assert compute.data_nodes() is compute.training_nodes() is None
 
 
+@pytest.mark.slow
 def test_a_cluster_that_asks_for_a_token_is_named_in_one_line(tmp_path):
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
     code = """

@@ -147,6 +147,7 @@ def test_neighbours_in_a_row_group_are_mixed_over_steps():
     assert np.bincount(step // 16).max() <= 12
 
 
+@pytest.mark.slow
 def test_a_million_rows_are_planned_and_resumed_at_once():
     rows, batch = 1_000_000, 256
     tracemalloc.start()

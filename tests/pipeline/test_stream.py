@@ -126,6 +126,7 @@ def test_each_worker_gets_its_lanes_in_plan_order(examples, probe, local_ray, wo
                     np.testing.assert_array_equal(group[column], values)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, probe):
     def peak(shards: int) -> int:
         index = write(f"{tmp_path}/{shards}", {"train": [32] * shards}, encoded=photo)

@@ -61,6 +61,7 @@ def check(views, image: np.ndarray, shape: tuple[int, ...], seed: int) -> None:
     np.testing.assert_array_equal(image, before)
 
 
+@pytest.mark.slow
 def test_importing_views_does_not_import_torch():
     code = "import sys, pipeline.views; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -221,6 +222,7 @@ def test_digits_strong_view_moves_little():
 # ---- photographs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["autoaugment", "none"])
 @pytest.mark.parametrize("shape", [(90, 120), (160, 110), (64, 64)], ids=str)
 def test_photo_views_have_the_statistics_of_torchvisions(policy, shape):

@@ -71,6 +71,7 @@ def test_the_file_and_its_metadata_suffice_to_answer_as_evaluation_did(trained, 
     assert (answer_N == test.label_N).mean() == trained.top1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "dataset"),
     [
@@ -101,6 +102,7 @@ def test_what_photographs_need_before_the_network():
     assert export.preprocessing(Sharded("custom", size=112))["resize_short_side"] == 128
 
 
+@pytest.mark.slow
 def test_a_difference_above_the_tolerance_writes_nothing(tmp_path, monkeypatch):
     folder, _ = untrained(tmp_path, "wrn-10-1", Cifar(size=16))
     to_onnx = export._to_onnx

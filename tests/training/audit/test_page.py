@@ -147,6 +147,7 @@ LOOK = """<script>addEventListener('load', () => {
   })})</script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page's layout was not looked at")
 @pytest.mark.parametrize("width", [1280, 700])
 @pytest.mark.parametrize(("classes", "images"), [(3, 60), (20, 800), (1000, 4000)])

@@ -90,6 +90,7 @@ def test_waiting_is_noticed(device, problem):
         steps(problem, OBJECTIVES["elr"], device, warm_up=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["winnow", "second_order", "supervised"])
 def test_nothing_waits_in_parts_and_bf16(name, dtype, device, problem):

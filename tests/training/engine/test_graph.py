@@ -104,6 +104,7 @@ def test_replayed_steps_are_the_steps(name, model, problem):
     assert_same(*both(model, problem, STEADY[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"chunks": 2}, {"chunks": 1, "compiled": True}, {"chunks": 1, "recompute": True}])
 @pytest.mark.parametrize("name", ["winnow", "supervised"])
 def test_replayed_steps_in_parts_or_compiled_are_the_steps(name, how, model, problem, monkeypatch):

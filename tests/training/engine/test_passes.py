@@ -493,6 +493,7 @@ def test_chunks_save_memory(objective, share):
     assert saved[1] < 0.1 * saved[0]  # after a forward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_stages", [False, True])
 def test_blocks_computed_again_save_memory(in_stages):
     """Of the whole step, which needs hardly more than a vanilla one then."""
@@ -528,6 +529,7 @@ def test_a_step_holds_three_batches_of_activations_at_most():
 # --- bf16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["forward", "second_order"])
 @pytest.mark.parametrize("network", ["wrn-10-1", "wrn-10-1:group", "resnet29"])
 def test_meta_gradient_in_bf16_judges_as_in_float32(network, engine):
@@ -567,6 +569,7 @@ def test_bf16_is_inside_the_network_only(name):
     assert all(torch.isfinite(value).all() for value in kept)
 
 
+@pytest.mark.slow
 def test_bf16_trains_as_far_as_float32():
     """Three colours to tell apart; after 30 steps of cross-entropy the losses are within 0.02 of each other."""
     rng = torch.Generator().manual_seed(0)
@@ -644,6 +647,7 @@ def test_weights_and_checkpoints_serve_the_bare_network(problem):
     torch.testing.assert_close(again.state_dict(), state.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"chunks": 2}, {"chunks": 1, "compiled": True}, {"chunks": 1, "recompute": True}])
 def test_a_copy_lives_on_its_own(problem, how, compiling):
     model = Passes(problem.model, dtype=torch.float64, channels_last=False, **how)
@@ -667,6 +671,7 @@ def compiled(network, dtype=torch.float64) -> Passes:
     return Passes(network, chunks=1, dtype=dtype, channels_last=False, compiled=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes", "moved"),
     [("winnow", 3, 1), ("paper", 3, 1), ("supervised", 1, 0), ("mwn", 2, 1), ("mlc", 2, 1)],
@@ -682,6 +687,7 @@ def test_compiled_passes_are_the_same_and_few_graphs(name, sizes, moved, compili
     assert compiling["stats"]["unique_graphs"] == sizes
 
 
+@pytest.mark.slow
 def test_compiled_bf16_trains(compiling):
     problem = build_problem(dtype=torch.float32)
     state, said = train(compiled(problem.fresh().model, torch.bfloat16), winnow(), problem.batch, steps=3)
@@ -690,6 +696,7 @@ def test_compiled_bf16_trains(compiling):
     assert not compiling["graph_break"]
 
 
+@pytest.mark.slow
 def test_compiled_forward_mode_knows_what_moves(compiling, problem):
     """Two parameters of one shape, and then both."""
     model, image = compiled(problem.fresh().model), problem.batch.weak_BCHW
@@ -705,12 +712,14 @@ def test_compiled_forward_mode_knows_what_moves(compiling, problem):
         torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_networks_compile_each_their_own(compiling, problem):
     expected = train(problem.fresh().model, METHODS["co-teaching"](), problem.batch, steps=2)
     found = train(compiled(problem.fresh().model), METHODS["co-teaching"](), problem.batch, steps=2)
     assert_trained_alike(found, expected, 1e-9)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_compiles():
     """As a worker is: without what other tests have imported of torch."""
     code = """

@@ -32,6 +32,7 @@ def test_tensorboard_event_files(tmp_path, place, request):
     assert [(event.step, event.value) for event in events.Scalars("top1")] == [(5, 0.25), (9, 0.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}")
@@ -42,6 +43,7 @@ def test_mlflow_run(tmp_path, monkeypatch):
     assert list(tmp_path.glob("*/*/artifacts/recipe.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_wandb_run(tmp_path, monkeypatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
