@@ -5,6 +5,7 @@ Where tests run in several processes (`make test` does, see pytest-xdist), those
 with clusters of their own are all in one process, so that no two of these stand at once.
 """
 
+import atexit
 import os
 import socket
 import subprocess
@@ -22,6 +23,7 @@ os.environ["FSSPEC_GCS_TOKEN"] = "anon"
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 reserved = socket.socket()  # until the emulator starts: nobody else gets the port
 reserved.bind(("127.0.0.1", 0))
+atexit.register(reserved.close)
 STORAGE_PORT = reserved.getsockname()[1]
 os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{STORAGE_PORT}"
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -60,16 +59,13 @@ def in_process(local_ray, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_workers(local_ray, tmp_path_factory):
-    """The same run on two workers, its storage given as a URL."""
-    storage = f"file://{tmp_path_factory.mktemp('two')}"
-    return launch.run(recipe(storage, workers=2), Console(file=io.StringIO()))
-
-
-@pytest.fixture(scope="module")
-def four_workers(local_ray, tmp_path_factory):
-    """The same run on four workers."""
-    return launch.run(recipe(tmp_path_factory.mktemp("four"), workers=4), Console(file=io.StringIO()))
+def two_after_four(local_ray, tmp_path_factory):
+    """The same run on four workers up to its middle and on two from there, its storage given as a URL."""
+    storage, output = f"file://{tmp_path_factory.mktemp('several')}", io.StringIO()
+    launch.run(recipe(storage, workers=4), Console(file=io.StringIO()), until=10)
+    result = launch.run(recipe(storage, workers=2), Console(file=output, width=200))
+    assert "10 of 20 steps are done" in output.getvalue()
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +94,8 @@ def test_history_tells_what_the_ledger_holds(in_process):
         assert 0 < told["waiting_for_data"] < 1
 
 
-def test_ledger_has_each_id_once_an_epoch(in_process, two_workers):
-    for result in (in_process[0], two_workers):
+def test_ledger_has_each_id_once_an_epoch(in_process, two_after_four):
+    for result in (in_process[0], two_after_four):
         table = ledger.read(result.folder)
         assert table.num_rows == 20 * 100
         epoch, ids = table["epoch"].to_numpy(), table["id"].to_numpy()
@@ -110,7 +106,7 @@ def test_ledger_has_each_id_once_an_epoch(in_process, two_workers):
         assert [given[i] for i in ids] == table["label"].to_pylist()
 
 
-@pytest.mark.parametrize("how", ["two_workers", "four_workers", "recomputed"])
+@pytest.mark.parametrize("how", ["two_after_four", "recomputed"])
 def test_however_it_is_computed_a_run_is_the_same(in_process, how, request):
     """Through the real stream: the same examples in each step, the same coefficients, the same parameters."""
     same = request.getfixturevalue(how)
@@ -146,31 +142,23 @@ def test_model_file_tells_what_it_is(in_process):
     model.load_state_dict(weights(result.folder))
 
 
-def test_checkpoint_is_plain_data_and_a_finished_run_is_not_repeated(two_workers, tmp_path):
-    saved = checkpoint.latest(two_workers.folder, pytest.fail)  # torch.load(weights_only=True)
+def test_checkpoint_is_plain_data_and_a_finished_run_is_not_repeated(two_after_four, tmp_path):
+    saved = checkpoint.latest(two_after_four.folder, pytest.fail)  # torch.load(weights_only=True)
     assert saved["step"] == 20
-    same = recipe(two_workers.folder.rsplit("/", 1)[0], workers=1)
+    same = recipe(two_after_four.folder.rsplit("/", 1)[0], workers=1)
     again = launch.run(same, Console(file=io.StringIO()))
-    assert again.history == two_workers.history
+    assert again.history == two_after_four.history
 
 
-def test_another_recipe_under_the_same_name_is_refused(two_workers):
-    storage = two_workers.folder.rsplit("/", 1)[0]
+def test_another_recipe_under_the_same_name_is_refused(two_after_four):
+    storage = two_after_four.folder.rsplit("/", 1)[0]
     with pytest.raises(InputError, match=r"made with another seed: .* choose another --name"):
         launch.run(recipe(storage, seed=1), Console(file=io.StringIO()))
 
 
-def test_two_workers_go_on_from_a_checkpoint(two_workers, local_ray, tmp_path):
-    """Cut a finished run back to its checkpoint before last: the rest is trained again, to the same end."""
-    folder = shutil.copytree(two_workers.folder.removeprefix("file://"), tmp_path / "run")
-    shutil.rmtree(folder / "step_00000020")
-    output = io.StringIO()
-    resumed = launch.run(recipe(tmp_path, workers=2), Console(file=output, width=200))
-    assert "18 of 20 steps are done" in output.getvalue()
-    assert [row["step"] for row in resumed.history] == [row["step"] for row in two_workers.history]
-    expected, actual = weights(two_workers.folder), weights(resumed.folder)
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+def test_fewer_workers_go_on_from_a_checkpoint(in_process, two_after_four):
+    """That a run ends to the bit where it would have without a stop is for test_resume and test_faults to show."""
+    assert [row["step"] for row in two_after_four.history] == [row["step"] for row in in_process[0].history]
 
 
 def test_report_is_drawn(in_process, tmp_path):
