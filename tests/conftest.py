@@ -31,7 +31,7 @@ settings.register_profile("winnow", deadline=None)
 settings.load_profile("winnow")
 
 STARTS = {"local_ray", "storage", "both", "cluster"}  # fixtures that start other processes, or a server
-FIRST = ("own clusters", "test_launch", "test_predict", "test_resume", "test_passes", "test_sharded", "test_graph")
+FIRST = [f"test_{name}" for name in ("launch", "search", "predict", "resume", "passes", "sharded", "graph")]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist look at marks
@@ -42,8 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.fast)
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    order = {group: place for place, group in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(FIRST)))
+    order = {group: place for place, group in enumerate(["own clusters", *FIRST])}
+    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(items)))
 
 
 @pytest.fixture(autouse=True)
