@@ -12,7 +12,7 @@ demo: install            ## train on digits with 80 % label noise: cross-entropy
 
 # As many processes as there are cores, each with a Ray of its own where its tests need one: of 1 to 2 GB.
 PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest \
-	--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	--numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 test: install            ## all tests; no GPU, no network, no data needed
 	$(PYTEST)
