@@ -111,24 +111,15 @@ def predict(request: Request, console: Console | None = None) -> Predictions:
 def _predict(
     request: Request, model: ModelFile, images: Images, about: Predictions, left: list[int], console: Console
 ) -> int:
-    """Make the parts that are `left`, as a Ray Data job; returns how many of their images could not be used."""
+    """Make the parts that are `left`, as a Ray Data job; return how many of their images could not be used."""
     compute.join(cpus=2)
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    to_come = compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
-    if request.device == "gpu" and not (gpus or to_come):
-        raise InputError("the cluster has no GPU: leave --device out")
-    on_gpu = request.device != "cpu" and (gpus > 0 or to_come)
+    on_gpu = _on_gpu(request, gpus)
     job.settings(ordered=True)
     if on_gpu:  # not on data nodes, then: Ray Data counts on one kind of node only
         DataContext.get_current().execution_options.label_selector = None
-    tasks = []
-    for part in left:
-        rows = about.rows_of(part)
-        for start in range(rows.start, rows.stop, TASK_ROWS):
-            some = images.rows.slice(start, min(TASK_ROWS, rows.stop - start))
-            tasks.append(some.append_column("place", pa.array(np.arange(start, start + len(some)))))
     answered = (
-        ray.data.from_arrow(tasks)
+        ray.data.from_arrow(_tasks(images, about, left))
         .map_batches(views_of, fn_args=(images.read, model.source), batch_size=None, batch_format="pyarrow")
         .map_batches(
             Predictor,
@@ -149,6 +140,25 @@ def _predict(
             predictions.write_part(request.out, about, part, table)
             rejected += len(table) - table["rejected"].null_count
     return rejected
+
+
+def _on_gpu(request: Request, gpus: int) -> bool:
+    """Tell whether the network runs on GPUs; raise InputError where the cluster lacks the one that is asked for."""
+    to_come = compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
+    if request.device == "gpu" and not (gpus or to_come):
+        raise InputError("the cluster has no GPU: leave --device out")
+    return request.device != "cpu" and (gpus > 0 or to_come)
+
+
+def _tasks(images: Images, about: Predictions, left: list[int]) -> list[pa.Table]:
+    """Return the images of the parts that are `left`, in order, each with its place among all."""
+    tasks = []
+    for part in left:
+        rows = about.rows_of(part)
+        for start in range(rows.start, rows.stop, TASK_ROWS):
+            some = images.rows.slice(start, min(TASK_ROWS, rows.stop - start))
+            tasks.append(some.append_column("place", pa.array(np.arange(start, start + len(some)))))
+    return tasks
 
 
 def _shown(blocks: Iterator[pa.Table], progress: JobProgress) -> Iterator[pa.Table]:

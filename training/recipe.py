@@ -96,6 +96,11 @@ class Recipe:
     """Seed of the data split, the noise, the network and every draw."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_groups()
+        self._check_passes()
+
+    def _check_numbers(self) -> None:
         positive = ("batch", "probe_batch", "group", "actors")
         for name in positive:
             if getattr(self, name) < 1:
@@ -109,6 +114,10 @@ class Recipe:
             raise ValueError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
         if not self.name or "/" in self.name:
             raise ValueError(f"name is {self.name!r}: it must be a folder name")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
+
+    def _check_groups(self) -> None:
         if self.batch % self.group:
             raise ValueError(f"batch {self.batch} is not a multiple of group {self.group}: change one of them")
         least, most = self.least_workers, self.most_workers
@@ -122,8 +131,10 @@ class Recipe:
             held = self.groups // workers
             if self.pass_groups and held % self.pass_groups:
                 raise ValueError(f"{held} groups a worker do not divide into passes of {self.pass_groups}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
+        if self.probe_batch % self.groups:
+            raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
+
+    def _check_passes(self) -> None:
         engine, scope = getattr(self.objective, "engine", ""), getattr(self.objective, "meta_scope", "all")
         if self.compile and (engine == "second_order" or scope != "all" or self.pass_groups or self.recompute):
             raise ValueError(
@@ -134,8 +145,6 @@ class Recipe:
             raise ValueError(
                 f"cuda_graph is for one worker, and for the methods {steady} with an objective.lookahead_lr"
             )
-        if self.probe_batch % self.groups:
-            raise ValueError(f"probe_batch {self.probe_batch} is not a multiple of the {self.groups} groups a batch")
 
     @property
     def groups(self) -> int:

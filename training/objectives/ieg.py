@@ -113,16 +113,8 @@ class Ieg(Objective):
         with torch.set_grad_enabled(self.kl > 0):
             strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
         given_BK = one_hot(batch.label_B, weak_BK)
-        guess_BK = self._guesses(weak_BK.detach(), strong_BK.detach(), workers)
-        pseudo_BK = sharpen(guess_BK, self.temperature)
-        confidence_B, pseudo_label_B = pseudo_BK.max(1)
-        if self.paced:
-            # 0 where a guess says no more than the average one, 1 where it is certain.
-            credence_B = (guess_BK.amax(1) - 1 / batch.classes) / (1 - 1 / batch.classes)
-            pseudo_BK = credence_B[:, None] * pseudo_BK + (1 - credence_B[:, None]) * given_BK
-            pace = workers.mean([credence_B.mean()])[0]
-        else:
-            pace = weak_BK.new_ones(())
+        sharp_BK, pseudo_BK, pace = self._pseudo_labels(weak_BK.detach(), strong_BK.detach(), given_BK, workers)
+        confidence_B, pseudo_label_B = sharp_BK.max(1)
 
         total, parts = weak_BK.new_zeros(()), {}
         if self.kl > 0:
@@ -150,9 +142,7 @@ class Ieg(Objective):
             total = total + self.label_weight * parts["relabelled"]
         if self.mixup != "off":
             total = settled(total, model)  # the joint pass is the largest: let it be alone in memory
-            # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
-            keeps_B = weight_B >= self.threshold * len(weight_B) * workers.size
-            label_BK = torch.where(keeps_B[:, None], given_BK, pseudo_BK) if self.threshold < 1 else pseudo_BK
+            label_BK = self._mixup_labels(weight_B, given_BK, pseudo_BK, workers)
             parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
 
@@ -163,6 +153,31 @@ class Ieg(Objective):
             Coefficients(weight_B, trust_B, pseudo_label_B, confidence_B, loss_B),
             weak_BK.detach().softmax(1),
         )
+
+    def _pseudo_labels(
+        self, weak_BK: Tensor, strong_BK: Tensor, given_BK: Tensor, workers: Workers
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sharpened guesses and the pseudo labels made of them, B×K each, and the pace of p and k, 0 to 1.
+
+        Paced, a pseudo label is believed as far as its guess is sure, and the given label for the rest.
+        """
+        guess_BK = self._guesses(weak_BK, strong_BK, workers)
+        sharp_BK = sharpen(guess_BK, self.temperature)
+        if not self.paced:
+            return sharp_BK, sharp_BK, weak_BK.new_ones(())
+        # 0 where a guess says no more than the average one, 1 where it is certain.
+        classes = given_BK.shape[1]
+        credence_B = (guess_BK.amax(1) - 1 / classes) / (1 - 1 / classes)
+        pseudo_BK = credence_B[:, None] * sharp_BK + (1 - credence_B[:, None]) * given_BK
+        return sharp_BK, pseudo_BK, workers.mean([credence_B.mean()])[0]
+
+    def _mixup_labels(self, weight_B: Tensor, given_BK: Tensor, pseudo_BK: Tensor, workers: Workers) -> Tensor:
+        """Return the targets of noisy examples in mixup, B×K (step 5)."""
+        if self.threshold >= 1:
+            return pseudo_BK
+        # T is compared with ω* as it sums to 1; `weight_B` is relative to 1/B.
+        keeps_B = weight_B >= self.threshold * len(weight_B) * workers.size
+        return torch.where(keeps_B[:, None], given_BK, pseudo_BK)
 
     def _guesses(self, weak_BK: Tensor, strong_BK: Tensor, workers: Workers) -> Tensor:
         """Return the mean answer to both views, B×K, before sharpening (step 3, eq. 3).
