@@ -108,10 +108,10 @@ def ray_stream(shards: int, images: Sequence[bytes], cores: int) -> Iterator[flo
     """
     with tempfile.TemporaryDirectory() as folder:
         train = in_shards(images, folder, shards)
-        lanes, group = 4, BATCH // 2
-        steps = RAY_BATCHES * cores * BATCH // (lanes * group)
+        places, group = 4, BATCH // 2
+        steps = RAY_BATCHES * cores * BATCH // (places * group)
         chunk = chunk_of(group, 2 * 3 * PHOTO_SIZE**2)
-        plan = Plan(train.row_groups, 0, lanes * group, group, 0, 0, steps, chunk)
+        plan = Plan(train.row_groups, 0, places * group, group, 0, 0, steps, chunk)
         while True:
             compute.join(cpus=cores + 1)
             made = stream(ray.put(train), ray.put(train.take(np.arange(2))), PhotoViews(), plan, actors=cores)

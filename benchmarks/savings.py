@@ -123,7 +123,7 @@ def batches(recipe: Recipe, dataset: Dataset, steps: int) -> Iterator[tuple[int,
     probe = recipe.probe_batch // recipe.groups
     plan = Plan(dataset.train.row_groups, recipe.seed, recipe.batch, recipe.group, probe, 0, steps, chunk=1)
     for step in range(steps):
-        blocks = range(step * plan.lanes, (step + 1) * plan.lanes)  # of a group each
+        blocks = range(step * plan.groups, (step + 1) * plan.groups)  # of a group each
         held: list[Group] = [
             make_block(dataset.train, dataset.probe, recipe.dataset.views, plan, block) for block in blocks
         ]

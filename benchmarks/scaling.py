@@ -126,8 +126,8 @@ def train(work: Work, rank: int, workers: Workers) -> tuple[list[Row], dict[str,
     for step in range(steps):
         before = {**vars(workers.traffic)} if isinstance(workers, Processes) else {}
         start, cpu = time.perf_counter(), time.process_time()
-        lanes = range(rank, work.groups, workers.size)
-        held = [make_block(examples, probe, CifarViews(), plan, step * work.groups + lane) for lane in lanes]
+        places = range(rank, work.groups, workers.size)
+        held = [make_block(examples, probe, CifarViews(), plan, step * work.groups + place) for place in places]
         batch = batch_of(held, plan)
         ready = time.perf_counter()
         update(state, reference(), batch, lr=LR, workers=workers)

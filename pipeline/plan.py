@@ -77,7 +77,7 @@ def chunk_of(group: int, row_bytes: float) -> int:
 class Plan:
     """Say which groups a run reads, in which blocks, and which worker gets them.
 
-    A batch of `batch` rows is cut into `lanes` groups of `group` rows. A block holds one lane's groups of up to `chunk`
+    A batch of `batch` rows is cut into `groups` groups of `group` rows. A block holds the groups at one place of up to `chunk`
     consecutive steps; blocks go to the workers round-robin. The order of rows depends on `chunk`, never on `start`,
     `stop` or the number of workers.
     """
@@ -92,7 +92,7 @@ class Plan:
     chunk: int
 
     @property
-    def lanes(self) -> int:
+    def groups(self) -> int:
         """Return the number of groups a batch."""
         return self.batch // self.group
 
@@ -104,31 +104,31 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Return the number of blocks of the whole plan."""
-        return len(self.chunks) * self.lanes
+        return len(self.chunks) * self.groups
 
     def steps_of(self, chunk: int) -> range:
         """Return the plan's steps in a chunk."""
         return range(max(self.start, chunk * self.chunk), min(self.stop, (chunk + 1) * self.chunk))
 
     def groups_of(self, block: int) -> list[int]:
-        """Return the group numbers of a block: group g is lane g mod lanes of step g div lanes."""
-        chunk, lane = self._place(block)
-        return [step * self.lanes + lane for step in self.steps_of(chunk)]
+        """Return the group numbers of a block: group g is the one at place g mod `groups` of step g div `groups`."""
+        chunk, place = self._place(block)
+        return [step * self.groups + place for step in self.steps_of(chunk)]
 
     def rows_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (epoch, row) of a block's groups, both int64 with a line of G a group."""
-        chunk, lane = self._place(block)
+        chunk, place = self._place(block)
         first = chunk * self.chunk * self.batch
-        position_LSG = np.arange(first, first + self.chunk * self.batch).reshape(self.chunk, self.lanes, self.group)
-        # Lane-major: a lane's rows lie next to each other in reading order, so that a row group belongs to one block.
-        position = position_LSG.transpose(1, 0, 2).reshape(-1)
+        position_SPG = np.arange(first, first + self.chunk * self.batch).reshape(self.chunk, self.groups, self.group)
+        # Place by place: the rows of one lie next to each other in reading order, so that a row group is in one block.
+        position = position_SPG.transpose(1, 0, 2).reshape(-1)
         epoch, reading = position // self.examples, np.empty_like(position)
         for e in np.unique(epoch):
             here = epoch == e
             reading[here] = np.sort(position[here]) - e * self.examples
-        mine = slice(lane * self.chunk * self.group, (lane + 1) * self.chunk * self.group)
+        mine = slice(place * self.chunk * self.group, (place + 1) * self.chunk * self.group)
         epoch_P, row_P = epoch[mine], np.empty(self.chunk * self.group, np.int64)
-        rng = generator(self.seed, Purpose.MIX, chunk * self.lanes + lane)
+        rng = generator(self.seed, Purpose.MIX, chunk * self.groups + place)
         for e in np.unique(epoch_P):
             here = epoch_P == e
             row_P[here] = rng.permutation(_rows_read(self, int(e), reading[mine][here]))
@@ -141,17 +141,17 @@ class Plan:
         return int(self.row_groups.sum())
 
     def _place(self, block: int) -> tuple[int, int]:
-        chunk, lane = divmod(block, self.lanes)
-        return self.chunks[chunk], lane
+        chunk, place = divmod(block, self.groups)
+        return self.chunks[chunk], place
 
     def by_step(self, groups: Iterator[T], workers: int) -> Iterator[list[T]]:
-        """Regroup one worker's stream (block after block) into steps: its lanes' groups of each step, in lane order."""
-        lanes = self.lanes // workers
+        """Regroup one worker's stream (block after block) into steps: its groups of each step, in the order of places."""
+        places = self.groups // workers
         for chunk in self.chunks:
             steps = len(self.steps_of(chunk))
-            held = [[next(groups) for _ in range(steps)] for _ in range(lanes)]
+            held = [[next(groups) for _ in range(steps)] for _ in range(places)]
             for step in range(steps):
-                yield [held[lane][step] for lane in range(lanes)]
+                yield [held[place][step] for place in range(places)]
 
 
 def _rows_read(plan: Plan, epoch: int, reading: np.ndarray) -> np.ndarray:

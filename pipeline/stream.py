@@ -30,13 +30,13 @@ def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block
     epoch_SG, row_SG = plan.rows_of(block)
     held = examples.take(row_SG.reshape(-1))
     groups = []
-    for place, group in enumerate(plan.groups_of(block)):
-        rows = range(place * plan.group, (place + 1) * plan.group)
+    for number, group in enumerate(plan.groups_of(block)):
+        rows = range(number * plan.group, (number + 1) * plan.group)
         rng = generator(plan.seed, Purpose.VIEWS, group)
         pairs = [views.pair(_image(held, row, probe), rng) for row in rows]
-        step, lane = divmod(group, plan.lanes)
-        shares = probe_rows(probe.label_N, plan.probe * plan.lanes, plan.seed, step)
-        trusted = shares[lane * plan.probe : (lane + 1) * plan.probe]
+        step, place = divmod(group, plan.groups)
+        shares = probe_rows(probe.label_N, plan.probe * plan.groups, plan.seed, step)
+        trusted = shares[place * plan.probe : (place + 1) * plan.probe]
         rng = generator(plan.seed, Purpose.PROBE_VIEWS, group)
         seen = [views.weak(_image(probe, row, probe), rng) for row in trusted]
         noisy, none = slice(rows.start, rows.stop), np.full(plan.probe, -1)
@@ -45,8 +45,8 @@ def make_block(examples: Split, probe: Examples, views: Views, plan: Plan, block
                 "group": np.full(2 * plan.group + plan.probe, group),
                 "id": np.concatenate([held.id_N[noisy], held.id_N[noisy], probe.id_N[trusted]]),
                 "label": np.concatenate([held.label_N[noisy], held.label_N[noisy], probe.label_N[trusted]]),
-                "epoch": np.concatenate([epoch_SG[place], epoch_SG[place], none]),
-                "row": np.concatenate([row_SG[place], row_SG[place], none]),
+                "epoch": np.concatenate([epoch_SG[number], epoch_SG[number], none]),
+                "row": np.concatenate([row_SG[number], row_SG[number], none]),
                 "image": [weak for weak, _ in pairs] + [strong for _, strong in pairs] + seen,
             }
         )

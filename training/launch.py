@@ -108,8 +108,9 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
     """
     console, stop = console or Console(), until or recipe.schedule.steps
-    if recipe.start_from:
-        recipe = replace(recipe, start_from=absolute(recipe.start_from))  # workers run in other folders
+    # Workers run in other folders.
+    data, start_from = (absolute(url) if url else "" for url in (recipe.data, recipe.start_from))
+    recipe = replace(recipe, data=data, start_from=start_from)
     start = _prepare(recipe, console)
     if start.step >= stop:
         return Result(start.folder, start.history, start.dataset)

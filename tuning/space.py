@@ -82,20 +82,24 @@ def _ends(domain: Domain) -> list[Any]:
     return [domain.lower, domain.upper - 1 if isinstance(domain, Integer) else domain.upper]
 
 
-def _holds(domain: Domain, value: Any) -> bool:
+def _nearest(domain: Domain, value: Any) -> Any:
     ends = _ends(domain)
-    return value in ends if isinstance(domain, Categorical) else value is not None and ends[0] <= value <= ends[1]
+    if isinstance(domain, Categorical):
+        return value if value in ends else ends[0]
+    return ends[0] if value is None else min(max(value, ends[0]), ends[1])
 
 
 def points(searched: Mapping[str, Domain], recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
-    """Return where the recipes are in the space; a field outside of its range is left out, and chosen like any
-    other.
+    """Return where the recipes are in the space, each point once.
+
+    A field outside of its range counts as the end that is next to it, or as the first of its values: Tune wants whole
+    points.
     """
     found: list[dict[str, Any]] = []
     for recipe in recipes:
         values = {path: reduce(getattr, path.split("."), recipe) for path in searched}
-        point = {path: value for path, value in values.items() if _holds(searched[path], value)}
-        if point and point not in found:
+        point = {path: _nearest(searched[path], value) for path, value in values.items()}
+        if point not in found:
             found.append(point)
     return found
 

@@ -68,10 +68,10 @@ def test_probe_rows_differ_by_group_and_use_every_row():
 
 
 PLANS = st.builds(
-    lambda lanes, group, start, length, chunk, row_groups: Plan(
-        np.array(row_groups), 5, lanes * group, group, 0, start, start + length, chunk
+    lambda places, group, start, length, chunk, row_groups: Plan(
+        np.array(row_groups), 5, places * group, group, 0, start, start + length, chunk
     ),
-    lanes=st.sampled_from([1, 2, 3, 4, 6]),
+    places=st.sampled_from([1, 2, 3, 4, 6]),
     group=st.integers(1, 4),
     start=st.integers(0, 30),
     length=st.integers(0, 25),
@@ -83,11 +83,11 @@ PLANS = st.builds(
 @given(plan=PLANS)
 def test_blocks_cover_every_group_once(plan):
     groups = [group for block in range(plan.blocks) for group in plan.groups_of(block)]
-    assert sorted(groups) == list(range(plan.start * plan.lanes, plan.stop * plan.lanes))
+    assert sorted(groups) == list(range(plan.start * plan.groups, plan.stop * plan.groups))
     for block in range(plan.blocks):
         held = plan.groups_of(block)
         assert 1 <= len(held) <= plan.chunk
-        assert len({group % plan.lanes for group in held}) == 1  # one lane a block
+        assert len({group % plan.groups for group in held}) == 1  # one place a block
 
 
 @given(plan=PLANS, epochs=st.integers(1, 3))
@@ -108,7 +108,7 @@ def test_a_plan_resumed_later_or_run_longer_reads_the_same_rows(plan, later, bey
     for group in before.keys() & after.keys():
         for one, other in zip(before[group], after[group], strict=True):
             np.testing.assert_array_equal(one, other)
-    assert set(after) == set(range(resumed.start * plan.lanes, resumed.stop * plan.lanes))
+    assert set(after) == set(range(resumed.start * plan.groups, resumed.stop * plan.groups))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -168,12 +168,12 @@ def test_a_million_rows_are_planned_and_resumed_at_once():
 
 @given(plan=PLANS, workers=st.sampled_from([1, 2, 3, 6]))
 def test_by_step_puts_round_robin_blocks_back_into_step_order(plan, workers):
-    if plan.lanes % workers:
-        workers = plan.lanes
+    if plan.groups % workers:
+        workers = plan.groups
     for worker in range(workers):
         stream = [group for block in range(worker, plan.blocks, workers) for group in plan.groups_of(block)]
         mine = [
-            [step * plan.lanes + lane for lane in range(worker, plan.lanes, workers)]
+            [step * plan.groups + place for place in range(worker, plan.groups, workers)]
             for step in range(plan.start, plan.stop)
         ]
         left = iter(stream)

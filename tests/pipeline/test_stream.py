@@ -56,7 +56,7 @@ def test_a_group_depends_on_seed_and_number_only(examples, probe):
 def test_a_group_holds_both_views_of_its_rows_and_its_share_of_a_balanced_probe_batch(examples, probe):
     made = groups_of(PLAN, examples, probe)
     for step in range(PLAN.start, PLAN.stop):
-        of_step = [made[step * 4 + lane] for lane in range(4)]
+        of_step = [made[step * 4 + place] for place in range(4)]
         for group in of_step:
             np.testing.assert_array_equal(group["id"][:5], group["id"][5:10])
             np.testing.assert_array_equal(group["label"][:5], group["label"][5:10])
@@ -104,7 +104,7 @@ def test_a_poisoned_image_is_grey_and_told_and_nothing_else_moves(probe, capsys,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_worker_gets_its_lanes_in_plan_order(examples, probe, local_ray, workers):
+def test_each_worker_gets_its_groups_in_plan_order(examples, probe, local_ray, workers):
     dataset = stream(ray.put(examples), ray.put(probe), DigitsViews(), PLAN, actors=2)
     dataset.context.execution_options = preserved_order()
     shards = dataset.streaming_split(workers, equal=True)
@@ -121,8 +121,8 @@ def test_each_worker_gets_its_lanes_in_plan_order(examples, probe, local_ray, wo
     for rank, steps in enumerate(received):
         assert len(steps) == 7
         for step, held in enumerate(steps, start=2):
-            for lane, group in zip(range(rank, 4, workers), held, strict=True):
-                for column, values in made[step * 4 + lane].items():
+            for place, group in zip(range(rank, 4, workers), held, strict=True):
+                for column, values in made[step * 4 + place].items():
                     np.testing.assert_array_equal(group[column], values)
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import tune
+from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.dataset import InputError
 from training import digits
@@ -85,11 +86,16 @@ def test_every_space_fits_its_recipe_and_starts_from_it(script):
     assert point["objective.p"] == recipe.objective.p
 
 
-def test_points_leave_out_what_is_out_of_range_and_repeat_nothing():
-    searched = space.parse(["objective.p=1..3", "objective.lookahead_lr=0.1,0.2", "schedule.lr=log:0.01..1"])
-    plain = digits.recipe("reference")  # p 5
+def test_points_are_whole_and_within_their_ranges_and_repeat_nothing():
+    searched = space.parse(["objective.p=1..3", "objective.lookahead_lr=0.1,0.2", "schedule.first_cycle=500..900"])
+    plain = digits.recipe("reference")  # p 5, first cycle 400
     follows = replace(plain, objective=replace(plain.objective, p=2.0, lookahead_lr=None))
-    assert space.points(searched, [plain, plain, follows]) == [
-        {"objective.lookahead_lr": 0.1, "schedule.lr": 0.1},
-        {"objective.p": 2.0, "schedule.lr": 0.1},
+    within = replace(plain, objective=replace(plain.objective, p=0.5, lookahead_lr=0.2))
+    assert space.points(searched, [plain, plain, follows, within]) == [
+        {"objective.p": 3.0, "objective.lookahead_lr": 0.1, "schedule.first_cycle": 500},
+        {"objective.p": 2.0, "objective.lookahead_lr": 0.1, "schedule.first_cycle": 500},
+        {"objective.p": 1.0, "objective.lookahead_lr": 0.2, "schedule.first_cycle": 500},
     ]
+    OptunaSearch(
+        space=searched, metric="top1", mode="max", points_to_evaluate=space.points(searched, [plain, follows])
+    )  # refuses points with less than all fields

@@ -285,8 +285,4 @@ def _told(findings: Findings) -> str:
 
 def main() -> None:
     """The command line."""
-    guarded(lambda: audit(tyro.cli(Options, description=__doc__)))
-
-
-if __name__ == "__main__":
-    main()
+    guarded(lambda: audit(tyro.cli(Options, prog="python -m training.audit", description=__doc__)))
