@@ -77,9 +77,9 @@ def chunk_of(group: int, row_bytes: float) -> int:
 class Plan:
     """Say which groups a run reads, in which blocks, and which worker gets them.
 
-    A batch of `batch` rows is cut into `groups` groups of `group` rows. A block holds the groups at one place of up to `chunk`
-    consecutive steps; blocks go to the workers round-robin. The order of rows depends on `chunk`, never on `start`,
-    `stop` or the number of workers.
+    A batch of `batch` rows is cut into `groups` groups of `group` rows. A block holds the groups at one place of up to
+    `chunk` consecutive steps; blocks go to the workers round-robin. The order of rows depends on `chunk`, never on
+    `start`, `stop` or the number of workers.
     """
 
     row_groups: np.ndarray  # rows of each, int64
@@ -145,7 +145,7 @@ class Plan:
         return self.chunks[chunk], place
 
     def by_step(self, groups: Iterator[T], workers: int) -> Iterator[list[T]]:
-        """Regroup one worker's stream (block after block) into steps: its groups of each step, in the order of places."""
+        """Regroup one worker's stream (block after block) into steps: its groups of each, in the order of places."""
         places = self.groups // workers
         for chunk in self.chunks:
             steps = len(self.steps_of(chunk))
