@@ -11,14 +11,14 @@ from training.recipe import Recipe
 
 
 def recipe(method: str) -> Recipe:
-    """CIFAR-10, 40 % uniform noise, 10 trusted images a class, WRN-28-10 (Table 1: 95.9 %).
+    """Train on CIFAR-10, 40 % uniform noise, 10 trusted images a class, WRN-28-10 (Table 1: 95.9 %).
 
     python training/cifar.py --data /path/to/cifar --dataset.noise.rate 0.8      a GPU day
     ResNet-29 instead: --network resnet29 --weight-decay 2e-4 --decay kernels     (Table 1: 92.5 %)
     CIFAR-100:         --dataset.classes 100
     human labels:      --dataset.noise.kind labels --dataset.noise.rate 0 --dataset.noise.source labels.npz:worse
     """
-    without_policy = method in ("M-1", "M-2", "M-7")  # Table 9, column PA, in METHOD's reading
+    without_policy = method in ("M-1", "M-2", "M-7")  # Table 9, column PA, as docs/method.md, "Ablations", reads it
     dataset = Cifar(
         noise=Noise("uniform", 0.4),
         probe_per_class=1 if method == "M-10" else 10,

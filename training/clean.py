@@ -56,7 +56,7 @@ WITH_PROBABILITIES = SCHEMA.append(pa.field("pred_probs", pa.list_(pa.float32())
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """Describe what is asked for."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of an audited run: a local path or any fsspec URL."""
@@ -79,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit says, sorted by id, in the object store: a task fetches the chunks that its ids fall in.
+    """Hold an audit, sorted by id, in the object store: a task fetches the chunks that its ids fall in.
 
     Ids of most data sets are sorted through their shards: then that is one or two. Else a machine holds all of it once,
     whatever the number of its processes.
@@ -91,9 +91,9 @@ class Audit:
     chunks: list[ray.ObjectRef]  # columns of AUDITED
 
     def of(self, id_N: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Which ids the audit knows, and the columns of AUDITED for all of them: zeros where it does not."""
+        """Return which ids the audit knows, and the columns of AUDITED for all of them: zeros where it does not."""
         known_N = np.zeros(len(id_N), bool)
-        said = {name: np.zeros(len(id_N), kind) for name, kind in AUDITED.items()}
+        audited = {name: np.zeros(len(id_N), kind) for name, kind in AUDITED.items()}
         chunk_N = np.searchsorted(self.first, id_N, side="right") - 1
         for chunk in np.unique(chunk_N[chunk_N >= 0]):
             held = ray.get(self.chunks[chunk])
@@ -101,13 +101,13 @@ class Audit:
             place = np.searchsorted(held["id"], id_N[here], side="right") - 1
             found = held["id"][place] == id_N[here]
             known_N[here[found]] = True
-            for name, column_N in said.items():
+            for name, column_N in audited.items():
                 column_N[here[found]] = held[name][place[found]]
-        return known_N, said
+        return known_N, audited
 
 
 def clean(request: Request, console: Console | None = None) -> Index:
-    """The index of the new shards, made now unless they are there already.
+    """Return the index of the new shards, made now unless they are there already.
 
     Raises InputError for what cannot work: no audit, one of other images or labels, predictions of others.
     """
@@ -144,13 +144,13 @@ def clean(request: Request, console: Console | None = None) -> Index:
     options = {**index.options, "cleaned": chosen}
     cleaned = replace(index, made_of=made_of, shards=shards, rejected=0, options=options)
     job.seal(request.out, cleaned)
-    told = f"{changed:,} of {index.count('train'):,} training labels are corrected"
-    console.print(f"{request.out}: {told}", highlight=False, soft_wrap=True)
+    text = f"{changed:,} of {index.count('train'):,} training labels are corrected"
+    console.print(f"{request.out}: {text}", highlight=False, soft_wrap=True)
     return cleaned
 
 
 def read_audit(run: str, classes: int) -> Audit:
-    """The audit of a run. Raises InputError where there is none, or none that can be used."""
+    """Return the audit of a run. Raises InputError where there is none, or none that can be used."""
     url = storage.join(run, LABELS)
     table = _audited(run, url)
     order = np.argsort(table["id"].to_numpy())
@@ -190,15 +190,15 @@ def clean_shard(
     table = Shards(request.data, (shard,), row_group).table(np.arange(shard.rows), SHARD_SCHEMA.names)
     id_N, given_N = table["id"].to_numpy(), table["label"].to_numpy()
     trusted_N = table["trusted"].to_numpy()
-    found_N, said = audit.of(id_N)
+    found_N, audited = audit.of(id_N)
     known_N = found_N & ~trusted_N  # an image may have become trusted since: its label is a person's now
-    _require_same_labels(id_N, given_N, known_N, said, request)
-    label_N, weight_N = corrected(given_N, known_N, said, request.quality, request.confidence)
+    _require_same_labels(id_N, given_N, known_N, audited, request)
+    label_N, weight_N = corrected(given_N, known_N, audited, request.quality, request.confidence)
     columns = {name: table[name] for name in SHARD_SCHEMA.names} | {
         "label": label_N,
         "given_label": given_N,
         "weight": weight_N,
-        "label_quality": pa.array(np.where(known_N, said["quality"], 1), mask=~known_N & ~trusted_N),
+        "label_quality": pa.array(np.where(known_N, audited["quality"], 1), mask=~known_N & ~trusted_N),
     }
     if about:
         columns["pred_probs"] = _probabilities(request.predictions, about, task["start"][0].as_py(), id_N)
@@ -214,15 +214,17 @@ def clean_shard(
 
 
 def corrected(
-    given_N: np.ndarray, known_N: np.ndarray, said: Mapping[str, np.ndarray], quality: float, confidence: float
+    given_N: np.ndarray, known_N: np.ndarray, audited: Mapping[str, np.ndarray], quality: float, confidence: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (int32) and weights (float32) of N rows, of which the audit knows some; it says the columns of AUDITED.
+    """Return labels (int32) and weights (float32) of N rows, of which the audit knows some.
+
+    `audited` has the columns of AUDITED.
 
     The weight was measured on the given label, so that a corrected one has the weight of an ordinary example.
     """
-    doubted_N = known_N & (said["quality"] < quality) & (said["confidence"] >= confidence)
-    label_N = np.where(doubted_N, said["proposed"], given_N).astype(np.int32)
-    weight_N = np.where(known_N & (label_N == given_N), said["weight"], 1).astype(np.float32)
+    doubted_N = known_N & (audited["quality"] < quality) & (audited["confidence"] >= confidence)
+    label_N = np.where(doubted_N, audited["proposed"], given_N).astype(np.int32)
+    weight_N = np.where(known_N & (label_N == given_N), audited["weight"], 1).astype(np.float32)
     return label_N, weight_N
 
 
@@ -258,8 +260,8 @@ def _look_up(audit: Audit, index: Index, request: Request) -> None:
         rows = np.arange(min(shard.rows, index.row_group))
         table = Shards(request.data, (shard,), index.row_group).table(rows, ("id", "label"))
         id_N = table["id"].to_numpy()
-        known_N, said = audit.of(id_N)
-        _require_same_labels(id_N, table["label"].to_numpy(), known_N, said, request)
+        known_N, audited = audit.of(id_N)
+        _require_same_labels(id_N, table["label"].to_numpy(), known_N, audited, request)
         none_known &= not known_N.any()
     if none_known:
         raise InputError(
@@ -269,13 +271,13 @@ def _look_up(audit: Audit, index: Index, request: Request) -> None:
 
 
 def _require_same_labels(
-    id_N: np.ndarray, given_N: np.ndarray, known_N: np.ndarray, said: Mapping[str, np.ndarray], request: Request
+    id_N: np.ndarray, given_N: np.ndarray, known_N: np.ndarray, audited: Mapping[str, np.ndarray], request: Request
 ) -> None:
-    other = np.flatnonzero(known_N & (said["label"] != given_N))
+    other = np.flatnonzero(known_N & (audited["label"] != given_N))
     if len(other):
         row = other[0]
         raise InputError(
-            f"image {id_N[row]} has label {given_N[row]} in {request.data} and had {said['label'][row]} in "
+            f"image {id_N[row]} has label {given_N[row]} in {request.data} and had {audited['label'][row]} in "
             f"{request.run}: give the shards that the run was trained on"
         )
 
@@ -284,7 +286,7 @@ def _require_same_labels(
 
 
 def _predictions(request: Request, index: Index) -> tuple[Predictions | None, list[int]]:
-    """What the predictions are of, if any, and where each shard's first row is among them; −1 where it is not."""
+    """Return what the predictions are of, if any, and where each shard's first row is in them; −1 where it is not."""
     url = request.predictions
     if not url:
         return None, [-1] * len(index.shards)
@@ -319,7 +321,7 @@ def _probabilities(url: str, about: Predictions, start: int, id_N: np.ndarray) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     description = (__doc__ or "").partition("\n\nShapes")[0]
     request = tyro.cli(Request, args=arguments, prog="python -m training.clean", description=description)
 

@@ -10,7 +10,7 @@ from training.recipe import Recipe, tuned
 
 
 def recipe(method: str) -> Recipe:
-    """Your images and classes, ResNet-50 from random weights at 224 px.
+    """Train on your images and classes, ResNet-50 from random weights at 224 px.
 
     python -m pipeline.check custom gs://raw/mine --trusted gs://raw/mine/trusted.csv
     python -m pipeline.shards custom gs://raw/mine --trusted gs://raw/mine/trusted.csv --out gs://b/mine

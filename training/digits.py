@@ -19,7 +19,7 @@ from training.recipe import Recipe, parse
 
 
 def recipe(method: str) -> Recipe:
-    """Handwritten digits, 80 % uniform noise, 5 trusted images a class: plain cross-entropy, then the method.
+    """Train on handwritten digits, 80 % uniform noise, 5 trusted images a class: plain cross-entropy, then the method.
 
     python training/digits.py            about 3 minutes on 2 cores
     """

@@ -34,7 +34,7 @@ CHECKED = (1, 3, 8)  # sizes of the batches that both are asked
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """Describe what is asked for."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run's folder, or its model.safetensors: a local path or any fsspec URL."""
@@ -61,18 +61,18 @@ def export(request: Request, console: Console | None = None) -> float:
     properties = {"class_names": model.class_names, "preprocessing": preprocessing(model.source)}
     data = _to_onnx(network, model.source.shape, {name: json.dumps(value) for name, value in properties.items()})
     difference = _difference(network, data, model.source.shape)
-    told = f"logits of ONNX Runtime and PyTorch differ by {difference:.1e} of the largest at most"
+    text = f"logits of ONNX Runtime and PyTorch differ by {difference:.1e} of the largest at most"
     if not difference <= request.tolerance:  # NaN too
         raise InputError(
-            f"{told}, more than {request.tolerance:.1e}: nothing was written; raise --tolerance if you can"
+            f"{text}, more than {request.tolerance:.1e}: nothing was written; raise --tolerance if you can"
         )
     storage.write(*storage.connect(request.out), data)
-    console.print(f"{request.out}: {told}", highlight=False, soft_wrap=True)
+    console.print(f"{request.out}: {text}", highlight=False, soft_wrap=True)
     return difference
 
 
 def preprocessing(source: Source) -> dict[str, object]:
-    """What stands between an image and the network's input, as the module's text tells."""
+    """Return what must be done to an image before the network, as the text at the top of this file describes it."""
     height, width, channels = source.shape
     return {
         "layout": "NCHW",
@@ -127,7 +127,7 @@ def _difference(network: nn.Module, model: bytes, shape: tuple[int, int, int]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     description = (__doc__ or "").partition("\n\nShapes")[0]
     request = tyro.cli(Request, args=arguments, prog="python -m training.export", description=description)
 

@@ -10,7 +10,7 @@ from training.recipe import Recipe, tuned
 
 
 def recipe(method: str) -> Recipe:
-    """Food-101N, 101 classes, ResNet-50 from random weights at 224 px (Table 7: 87.57 %).
+    """Train on Food-101N, 101 classes, ResNet-50 from random weights at 224 px (Table 7: 87.57 %).
 
     python -m pipeline.shards food101n gs://raw/Food-101N_release --food101 gs://raw/food-101 --out gs://b/food101n
     python training/food101n.py --data gs://b/food101n --workers 4 --actors 32

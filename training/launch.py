@@ -1,4 +1,4 @@
-"""Recipe → checks → Ray → TorchTrainer → result. What cannot work is said in one line before a worker starts."""
+"""Recipe → checks → Ray → TorchTrainer → result. What cannot work is reported in one line before a worker starts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEEP_MEMORY = {
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run."""
+    """Hold a finished run."""
 
     folder: str  # model.safetensors, ledger/, tensorboard/ and checkpoints are here
     history: list[dict[str, float]]  # one row an evaluation: step, cycle, lr, loss and its parts, top1, top5
@@ -52,12 +52,12 @@ class Result:
 
     @property
     def top1(self) -> float:
-        """Test accuracy at the end of the last cycle."""
+        """Return the test accuracy, 0…1, at the end of the last cycle."""
         return self.history[-1]["top1"]
 
 
 def main(recipe: Callable[[str], Recipe]) -> None:
-    """The whole of a training script: parse, run, print the result; mistakes end it with one line."""
+    """Do the whole of a training script: parse, run, print the result; mistakes end it with one line."""
 
     def work() -> None:
         result, console = run(parse(recipe)), Console()
@@ -93,7 +93,7 @@ def _one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, once all that could be refused has been looked at."""
+    """Hold where a run begins, once all that could be refused has been looked at."""
 
     folder: str
     dataset: Dataset
@@ -197,7 +197,7 @@ def _trainer(recipe: Recipe, start: Start, plan: Plan, queue: Queue, use_gpu: bo
 
 
 def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> dict[str, Any]:
-    """Run the trainer while a thread shows what rank 0 tells."""
+    """Run the trainer while a thread shows what rank 0 reports."""
     finished = threading.Event()
 
     def listen() -> None:
@@ -216,7 +216,10 @@ def _fit(trainer: TorchTrainer, queue: Queue, progress: Progress) -> dict[str, A
 
 
 def _use_gpu(recipe: Recipe, console: Console) -> bool:
-    """Whether workers get a GPU each; says so. Raises InputError where this machine alone lacks the GPUs asked for."""
+    """Tell whether workers get a GPU each, and print it.
+
+    Raises InputError where this machine alone lacks the GPUs asked for, and where cuda_graph would run on a CPU.
+    """
     gpus, least, most = int(ray.cluster_resources().get("GPU", 0)), recipe.least_workers, recipe.most_workers
     to_come = least > 0 and compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
     use_gpu = recipe.device == "gpu" or (recipe.device == "auto" and (gpus >= max(least, 1) or to_come))
@@ -230,7 +233,7 @@ def _use_gpu(recipe: Recipe, console: Console) -> bool:
 
 
 def _run_folder(recipe: Recipe) -> str:
-    """Absolute path or URL of the run's folder; raises InputError where its storage cannot be written."""
+    """Return the absolute path or URL of the run's folder; raises InputError where its storage cannot be written."""
     where = recipe.storage if "://" in recipe.storage else os.path.abspath(recipe.storage)
     folder = storage.join(where, recipe.name)
     storage.require_writable(folder)
@@ -238,7 +241,7 @@ def _run_folder(recipe: Recipe) -> str:
 
 
 def ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
-    """The run's folder as Ray Train wants it: URLs through fsspec, like everything else that is written there."""
+    """Return the run's folder as Ray Train wants it: URLs through fsspec, like all else that is written there."""
     if "://" not in folder:
         return None, folder
     filesystem, path = fsspec.core.url_to_fs(folder)

@@ -5,7 +5,7 @@
 Killed at any time, the same command goes on: parts that are written are kept. Images that cannot be used are listed
 with the reason.
 
-Shapes: N images of a batch, H×W pixels, C channels, K classes, T classes told of each.
+Shapes: N images of a batch, H×W pixels, C channels, K classes, T classes reported of each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TASK_ROWS = 512  # a block of 80 MB at 224 px; a divisor of PART_ROWS
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """Describe what is asked for."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run's folder, or its model.safetensors: a local path or any fsspec URL."""
@@ -48,7 +48,7 @@ class Request:
     out: str
     """Folder of the predictions: a local path or any fsspec URL."""
     top: int = 0
-    """How many of the most likely classes to tell of each image; 0: five, or all where there are fewer."""
+    """How many of the most likely classes to report of each image; 0: five, or all where there are fewer."""
     all_probabilities: bool = False
     """Write the probability of every class too (column pred_probs)."""
     split: str = ""
@@ -72,13 +72,13 @@ class Request:
 
 
 def predict(request: Request, console: Console | None = None) -> Predictions:
-    """Predict all images that are not predicted yet, and say what the folder then holds.
+    """Predict all images that are not predicted yet, and return what the folder then holds.
 
     Raises InputError, before the work starts, for whatever in model, images or storage cannot work.
     """
     console = console or Console()
     model = model_file.read(request.model)
-    model.network()  # here, to tell at once what is wrong with it
+    model.network()  # here, to report at once what is wrong with it
     classes = len(model.class_names)
     if request.top > classes:
         raise InputError(f"top is {request.top} and the model knows {classes} classes: ask for fewer")
@@ -100,10 +100,10 @@ def predict(request: Request, console: Console | None = None) -> Predictions:
             f"{about.parts - len(left):,} of {about.parts:,} parts are done in {request.out}", highlight=False
         )
     rejected = _predict(request, model, images, about, left, console) if left else 0
-    told = f", {rejected:,} of them unusable (see column rejected)" if rejected else ""
+    unusable = f", {rejected:,} of them unusable (see column rejected)" if rejected else ""
     seen = sum(len(about.rows_of(part)) for part in left)
     console.print(
-        f"{request.out}: {about.rows:,} images, {seen:,} predicted now{told}", highlight=False, soft_wrap=True
+        f"{request.out}: {about.rows:,} images, {seen:,} predicted now{unusable}", highlight=False, soft_wrap=True
     )
     return about
 
@@ -168,7 +168,7 @@ def _shown(blocks: Iterator[pa.Table], progress: JobProgress) -> Iterator[pa.Tab
 
 
 class Predictor:
-    """An actor's work: test views in, the network's answers out."""
+    """Answer test views with a network, as an actor."""
 
     def __init__(self, refs: list[ray.ObjectRef], about: Predictions, device: str) -> None:
         model: ModelFile
@@ -178,7 +178,7 @@ class Predictor:
         self.network, self.about, self.device = model.network().to(device), about, device
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """The columns of `predictions.SCHEMA`, and place, for a batch of `views_of`."""
+        """Return the columns of `predictions.SCHEMA`, and place, for a batch of `views_of`."""
         with torch.inference_mode():
             logits_NK = self.network(normalised(torch.from_numpy(batch["image"]).to(self.device)))
             label_NT = logits_NK.topk(self.about.top, 1).indices  # of the logits, as evaluation has it
@@ -187,7 +187,7 @@ class Predictor:
         unusable_N = batch["rejected"] != ""
         label_NT = label_NT.cpu().numpy().astype(np.int32)
         name_NT = np.array(self.about.class_names, object)[label_NT]
-        told_NK = probability_NK.cpu().numpy()[:, : None if self.about.all_probabilities else 0]
+        written_NK = probability_NK.cpu().numpy()[:, : None if self.about.all_probabilities else 0]
         return pa.table(
             {
                 "id": batch["id"],
@@ -196,7 +196,7 @@ class Predictor:
                 "top_labels": _lists(label_NT, unusable_N),
                 "top_classes": _lists(name_NT, unusable_N),
                 "top_probabilities": _lists(probability_NT, unusable_N),
-                "pred_probs": _lists(told_NK, unusable_N | (not self.about.all_probabilities)),
+                "pred_probs": _lists(written_NK, unusable_N | (not self.about.all_probabilities)),
                 "rejected": pa.array(batch["rejected"], pa.string(), mask=~unusable_N),
             }
         )
@@ -209,7 +209,7 @@ def _lists(values_NT: np.ndarray, missing_N: np.ndarray) -> pa.ListArray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     request = tyro.cli(
         Request,
         args=arguments,

@@ -26,7 +26,7 @@ from training.objectives.registry import METHODS
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run."""
+    """Describe a training run."""
 
     name: str
     """Name of the run: its folder under `storage`. The same name again resumes from the last checkpoint."""
@@ -148,22 +148,22 @@ class Recipe:
 
     @property
     def groups(self) -> int:
-        """Groups a batch."""
+        """Return the number of groups of a batch."""
         return self.batch // self.group
 
     @property
     def least_workers(self) -> int:
-        """The fewest workers the run may have."""
+        """Return the fewest workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most_workers(self) -> int:
-        """The most workers the run may have."""
+        """Return the most workers the run may have."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def evaluations(self) -> frozenset[int]:
-        """Numbers of steps after which the model is evaluated and a checkpoint kept."""
+        """Return the numbers of steps after which the model is evaluated and a checkpoint kept."""
         ends = frozenset(self.schedule.ends)
         if not self.evaluate_every:
             return ends
@@ -171,14 +171,16 @@ class Recipe:
 
 
 def tuned(objective: Objective, p: float, kl: float) -> Objective:
-    """`objective` with a data set's own weights p and k, where it has those terms."""
+    """Return `objective` with a data set's own weights p and k, where it has those terms."""
     if not isinstance(objective, Ieg):
         return objective
     return dataclasses.replace(objective, p=p, kl=kl if objective.kl else 0.0)
 
 
 def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:
-    """The recipe that the command line asks for: `recipe(method)`, then the fields of a file, then field by field.
+    """Return the recipe that the command line asks for.
+
+    It is `recipe(method)`, changed by the fields of a file, then field by field.
 
     `--help` shows every field; a misspelt or impossible one ends the program with the reason and status 2.
     """
@@ -189,7 +191,7 @@ def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = Non
 
 
 class Preset(NamedTuple):
-    """Where a command line starts from."""
+    """Hold what a command line starts from."""
 
     method: str
     recipe: Recipe
@@ -198,7 +200,7 @@ class Preset(NamedTuple):
 
 
 def preset(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None) -> Preset:
-    """What --method and --recipe make of `recipe`; a mistake in them ends the program with status 2."""
+    """Return what --method and --recipe make of `recipe`; a mistake in them ends the program with status 2."""
     try:
         (method, found), rest = tyro.cli(_start, args=arguments, return_unknown_args=True, add_help=False)
     except InputError as error:
@@ -227,7 +229,7 @@ def _start(
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
-    """`recipe` with fields changed by their dotted paths, as the flags of the same names do it.
+    """Return `recipe` with fields changed by their dotted paths, as the flags of the same names do it.
 
     An unknown path or an impossible value ends the program, as on the command line: with the reason, the closest name
     and status 2.
@@ -237,7 +239,10 @@ def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
 
 
 def difference(recipe: Recipe, from_: Recipe) -> dict[str, Any]:
-    """The fields, by dotted path, that make `recipe` of `from_` through `override`; both of one data set and method."""
+    """Return the fields, by dotted path, by which `override` makes `recipe` of `from_`.
+
+    Both are of one data set and method.
+    """
 
     def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not dataclasses.is_dataclass(value):
@@ -256,37 +261,40 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def read_fields(url: str) -> dict[str, Any]:
-    """Fields of a recipe by dotted path, and perhaps its method, from a YAML file; raises InputError for another."""
+    """Return fields of a recipe by dotted path, and perhaps its method, from a YAML file.
+
+    Raises InputError where there is no such file, or no YAML of lines such as 'objective.p: 4.5' in it.
+    """
     fs, path = storage.connect(url)
     try:
         held = yaml.safe_load(storage.read(fs, path))
     except FileNotFoundError as error:
         raise InputError(f"there is no file {url}: a sweep writes its best.yaml when it ends") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{url} is no YAML: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{url} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
         raise InputError(f"{url} holds no fields: it wants lines such as 'objective.p: 4.5'")
     return held
 
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
+    """Return the recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
     return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
 
 
 def source_of(data: Mapping[str, Any]) -> Source:
     """Return the data set of a recipe as plain data, such as recipe.json's `dataset`: the inverse of `as_json` there.
 
-    Raises InputError for a kind or field that is none.
+    Raises InputError for an unknown kind or field.
     """
     return sources.from_json(data)
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, as JSON has it, with the names of its data set's and objective's classes."""
-    said = {
+    """Return the recipe as plain data, as JSON has it, with the names of its data set's and objective's classes."""
+    plain = {
         **dataclasses.asdict(recipe),
         "dataset": sources.to_json(recipe.dataset),
         "objective": {"kind": type(recipe.objective).__name__, **dataclasses.asdict(recipe.objective)},  # type: ignore[call-overload]
     }
-    return json.loads(json.dumps(said))  # tuples are lists
+    return json.loads(json.dumps(plain))  # tuples are lists

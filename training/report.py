@@ -24,9 +24,9 @@ RIGHT, WRONG = "#1f77b4", "#d62728"
 
 
 def coefficients_over_time(folder: str, train: Examples) -> dict[str, np.ndarray]:
-    """Mean λ and ω of rightly and of wrongly labelled examples, in up to 40 bins of steps (the paper's Figure 4).
+    """Return mean λ and ω of rightly and wrongly labelled examples, in up to 40 bins of steps (the paper's Figure 4).
 
-    Returns `step` (bin centres) and `trust_right`, `trust_wrong`, `weight_right`, `weight_wrong`.
+    The columns are `step` (bin centres) and `trust_right`, `trust_wrong`, `weight_right`, `weight_wrong`.
     """
     assert train.true_label_N is not None, "right and wrong labels are known only where we added the noise"
     table = ledger.read(folder)

@@ -10,7 +10,9 @@ from training.recipe import Recipe, tuned
 
 
 def recipe(method: str) -> Recipe:
-    """WebVision mini: 65,944 images of 50 classes (Table 6, Inception-ResNet-v2: 80.0 % top-1 on ImageNet validation).
+    """Train on WebVision mini: 65,944 images of 50 classes.
+
+    Inception-ResNet-v2; Table 6: 80.0 % top-1 on ImageNet validation.
 
     python -m pipeline.shards webvision gs://raw/webvision --imagenet gs://raw/imagenet --out gs://b/webvision-mini
     python training/webvision.py --data gs://b/webvision-mini --workers 4 --actors 32

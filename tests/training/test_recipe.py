@@ -45,7 +45,7 @@ def test_every_method_is_a_fresh_frozen_objective(method):
         objective.average_parameters = False
 
 
-def test_presets_are_those_of_method_md():
+def test_presets_are_those_of_the_documentation():
     assert METHODS["reference"]() == Ieg() == reference()
     assert reference() == dataclasses.replace(
         paper(),
@@ -305,7 +305,7 @@ def test_a_file_of_fields_comes_before_the_flags(tmp_path):
         ("objective.kll: 3", "--objective.kl "),
         ("method: winnnow", "names the method 'winnnow'"),
         ("- 1", "holds no fields"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("schedule.lr: fast", "schedule.lr"),
         (None, "there is no file"),
     ],

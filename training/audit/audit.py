@@ -1,4 +1,4 @@
-"""What a run learned about its labels: one row per image in labels.parquet, and audit.html to read and to send.
+"""Write what a run learned about its labels: one row per image in labels.parquet, and audit.html to read and to send.
 
     python -m training.audit runs/custom --data gs://bucket/shards
 
@@ -46,7 +46,7 @@ READ = ["id", "step", "label", "pseudo_label", "trust", "weight", "confidence", 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """Describe what is asked for."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or URL of a run that has finished."""
@@ -64,7 +64,7 @@ class Options:
 
 
 def audit(options: Options, console: Console | None = None) -> Findings:
-    """Write labels.parquet, audit.html and, where asked for, suggest.csv; returns what they tell.
+    """Write labels.parquet, audit.html and, where asked for, suggest.csv; return the findings in them.
 
     Raises InputError for what is missing, damaged or does not belong together, most of it before the ledger is read.
     """
@@ -78,7 +78,7 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     trusted_K = np.bincount(dataset.probe.label_N, minlength=len(dataset.class_names))
     findings = Findings(trusted_K, page.PER_CLASS, page.OVERALL, options.suggest)
     write_labels(run, reduced(run, steps, parts), findings)
-    console.print(f"{run.folder}/{LABELS}: {_told(findings)}", highlight=False, soft_wrap=True)
+    console.print(f"{run.folder}/{LABELS}: {_summary(findings)}", highlight=False, soft_wrap=True)
 
     shown = page.shown(findings)
     suggested = findings.suggested()
@@ -118,7 +118,7 @@ def window(run: Run, cycles: int, images: int) -> range:
 
 
 def whole_parts(run: Run, steps: range) -> list[tuple[ledger.Part, int]]:
-    """The parts of the ledger that hold rows of `steps`, with their numbers of rows.
+    """Return the parts of the ledger that hold rows of `steps`, with their numbers of rows.
 
     Raises InputError where rows of a step are missing, or there are too many.
     """
@@ -149,7 +149,7 @@ def whole_parts(run: Run, steps: range) -> list[tuple[ledger.Part, int]]:
 
 
 def reduced(run: Run, steps: range, parts: list[tuple[ledger.Part, int]]) -> Iterator[pa.Table]:
-    """The rows of `steps` in these parts, reduced to one per id by a Ray Data job, table by table."""
+    """Return the rows of `steps` in these parts, reduced to one per id by a Ray Data job, table by table."""
     tasks: list[list[str]] = [[]]
     held = 0
     for part, count in parts:
@@ -205,7 +205,10 @@ def write_labels(run: Run, tables: Iterator[pa.Table], findings: Findings) -> No
 
 
 def suggestions(rows: pa.Table, names: list[str], class_names: tuple[str, ...]) -> str:
-    """CSV with a line per image to check; `uri` and `label` are what a list of trusted images has, the rest is help."""
+    """Return CSV with a line per image to check.
+
+    `uri` and `label` are the columns of a list of trusted images; the others are help for the person who checks.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["uri", "label", "given", "proposed", "quality", "id"])
@@ -278,11 +281,11 @@ def _write(run: Run, name: str, text: str) -> None:
     storage.write(fs, storage.join(path, name), text.encode())
 
 
-def _told(findings: Findings) -> str:
+def _summary(findings: Findings) -> str:
     images, suspects = findings.count_K.sum(), findings.suspect_K.sum()
     return f"{images:,} images, {suspects:,} suspect labels, {findings.wrong_K.sum() / images:.1%} wrong by estimate"
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     guarded(lambda: audit(tyro.cli(Options, prog="python -m training.audit", description=__doc__)))

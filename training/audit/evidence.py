@@ -1,4 +1,4 @@
-"""What a ledger says of each example's label: its visits reduced to one row, and what all rows come to together.
+"""What a ledger shows of each example's label: its visits reduced to one row, and what all rows come to together.
 
 Shapes: R visits (rows of the ledger), N ids, V pairs of an id and a pseudo label it got, K classes.
 """
@@ -36,9 +36,9 @@ SCHEMA = pa.schema(
 
 
 def settled(step_R: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """Weights of the visits at these steps, by how far the learning rate of their cycle has fallen.
+    """Return the weights of the visits at these steps, by how far the learning rate of their cycle has fallen.
 
-    A network says most of labels once it has settled; each cycle starts with shaking it up.
+    A network judges labels best once it has settled; each cycle starts with shaking it up.
     """
     steps, place_R = np.unique(step_R, return_inverse=True)
     top = np.array([schedule.lr * schedule.m_mul ** schedule.cycle(int(step)) for step in steps])
@@ -47,7 +47,7 @@ def settled(step_R: np.ndarray, schedule: Schedule) -> np.ndarray:
 
 
 def quality(probability_N: np.ndarray, classes: int) -> np.ndarray:
-    """How probable it is that labels are right, 0…1, to which the network gives `probability_N`.
+    """Return how probable it is that labels are right, 0…1, to which the network gives `probability_N`.
 
     By Bayes' rule for a judge who knows nothing of the noise: right and wrong labels equally frequent beforehand, and
     wrong ones drawn from the other classes alike. So ½ is what a guess, 1/K, gets.
@@ -56,7 +56,7 @@ def quality(probability_N: np.ndarray, classes: int) -> np.ndarray:
 
 
 def reduce_visits(visits: pa.Table, classes: int) -> pa.Table:
-    """A table of SCHEMA with one row per id, in the ids' order, from all visits of those ids, in any order.
+    """Return a table of SCHEMA with one row per id, in the ids' order, from all visits of those ids, in any order.
 
     `visits` has the ledger's columns id, label, pseudo_label, trust, weight, confidence, loss, and `settled`.
     """
@@ -98,7 +98,7 @@ def reduce_visits(visits: pa.Table, classes: int) -> pa.Table:
 
 @dataclass
 class Findings:
-    """What many tables of `reduce_visits` come to; they are added one by one, and few of their rows are kept."""
+    """Hold what many tables of `reduce_visits` come to; they are added one by one, and few of their rows are kept."""
 
     trusted_K: np.ndarray  # trusted images of each class
     per_class: int  # suspects that are kept of each given label
@@ -117,7 +117,7 @@ class Findings:
         self.suspects = self.hardest = self.unsure = SCHEMA.append(pa.field("key", pa.float64())).empty_table()
 
     def add(self, table: pa.Table) -> None:
-        """Take the rows of `table` in."""
+        """Add the rows of `table`."""
         column = {name: table[name].to_numpy() for name in table.column_names}
         label_N, proposed_N, quality_N, suspect_N = (
             column[name] for name in ("label", "proposed", "quality", "suspect")
@@ -141,7 +141,7 @@ class Findings:
         self.unsure = lowest(self.unsure, table, np.abs(quality_N - 0.5), self.suggestions, "proposed")
 
     def suggested(self) -> pa.Table:
-        """The images whose check by a person would help most, best first.
+        """Return the images whose check by a person would help most, best first.
 
         It is worth more the closer quality is to ½, and the fewer images of the class are trusted or chosen already.
         """
@@ -152,7 +152,7 @@ class Findings:
 
 
 def lowest(kept: pa.Table, table: pa.Table, key_N: np.ndarray, count: int, of: str | None = None) -> pa.Table:
-    """The `count` rows of both tables with the lowest keys, of each value of column `of` where one is named.
+    """Return the `count` rows of both tables with the lowest keys, of each value of column `of` where one is named.
 
     They are sorted by `of` and key; the result has the keys as a column. `kept` is such a result.
     """

@@ -28,7 +28,7 @@ CONFUSIONS = 10  # lines
 
 @dataclass(frozen=True)
 class Judged:
-    """An image, its label, and what the network makes of it."""
+    """Hold an image, its label, and what the network makes of it."""
 
     id: int
     image: np.ndarray  # H×W×C uint8
@@ -39,7 +39,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a page tells."""
+    """Hold everything that a page shows."""
 
     name: str
     about: str  # one line: the data set, the network, what was read
@@ -55,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Shot:
-    """A thumbnail and what is said of it."""
+    """Hold a thumbnail and the text with it."""
 
     image: str  # data URI
     coarse: bool
@@ -67,7 +67,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Thumbnails under one heading; `swaps` where the given label is the one in doubt."""
+    """Hold thumbnails under one heading; `swaps` where the given label is the one in doubt."""
 
     title: str
     about: str
@@ -76,7 +76,7 @@ class Gallery:
 
 
 def render(report: Report) -> str:
-    """The page, HTML."""
+    """Return the page, HTML."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -101,7 +101,10 @@ def render(report: Report) -> str:
 
 
 def thumbnail(image_HWC: np.ndarray) -> tuple[str, bool]:
-    """The image as a data URI, TILE px on its longer side; whether it is coarse: so small that it is left as it is."""
+    """Return the image as a data URI, TILE px on its longer side, and whether it is coarse.
+
+    A coarse image, of COARSE px at most, is left as it is.
+    """
     height, width, channels = image_HWC.shape
     longest = max(height, width)
     coarse = longest <= COARSE
@@ -144,8 +147,8 @@ def _histogram(findings: Findings, name: str) -> list[dict[str, str]]:
     made = []
     for place, (suspects, others) in enumerate(height_2H.T):
         start, stop = place * end / bins, (place + 1) * end / bins
-        told = f"{start:.2f} to {stop:.2f}: {total_H[place]:,} labels, {count_2H[0, place]:,} suspect"
-        made.append({"suspects": f"{suspects:.2f}", "others": f"{others:.2f}", "told": told})
+        hover = f"{start:.2f} to {stop:.2f}: {total_H[place]:,} labels, {count_2H[0, place]:,} suspect"
+        made.append({"suspects": f"{suspects:.2f}", "others": f"{others:.2f}", "hover": hover})
     return made
 
 
@@ -167,9 +170,9 @@ def _heatmap(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]]:
         cells: list[dict[str, str] | None] = []
         for proposed, share in enumerate(share_KK[given]):
             text = f"{100 * share:.0f}" if share >= 0.005 else ""
-            told = f"{_percent(share)} of {name} look like {names[proposed]}"
+            hover = f"{_percent(share)} of {name} look like {names[proposed]}"
             shade = f"{60 * share / highest:.0f}"
-            cells.append(None if given == proposed else {"shade": shade, "text": text, "told": told})
+            cells.append(None if given == proposed else {"shade": shade, "text": text, "hover": hover})
         rows.append({"name": name, "cells": cells})
     return rows
 
@@ -194,7 +197,7 @@ def _classes(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def shown(findings: Findings) -> pa.Table:
-    """The rows of labels.parquet whose images the page shows."""
+    """Return the rows of labels.parquet whose images the page shows."""
     return pa.concat_tables([findings.hardest, *(rows for _, rows in _suspects_by_class(findings))])
 
 

@@ -23,7 +23,7 @@ REPORT_EVERY = 1.0  # seconds between progress messages
 
 
 class Silent:
-    """The chronicle of every worker but rank 0."""
+    """Report nothing: the chronicle of every worker but rank 0."""
 
     def begin(self, step: int) -> None:
         """Take note that the first batch is there and `step` begins."""
@@ -61,7 +61,7 @@ class Silent:
 
 
 class Chronicle(Silent):
-    """Rank 0's: it reports to the launching process, trackers and Prometheus, and writes checkpoints and model file."""
+    """Report to the launching process, trackers and Prometheus, and write checkpoints and model file: rank 0's."""
 
     def __init__(
         self,

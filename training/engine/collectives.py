@@ -24,12 +24,12 @@ NOTES_SECONDS = 5.0  # to read where the others are, once an all-reduce has fail
 
 
 class WorkersError(RuntimeError):
-    """A collective failed or timed out. One line: who waited, where, how long, and for whom."""
+    """Report a collective that failed or timed out, in one line: who waited, where, how long, and for whom."""
 
 
 @dataclass
 class Traffic:
-    """What one worker has exchanged since it started."""
+    """Count what one worker has exchanged since it started."""
 
     reductions: int = 0  # all-reduces and all-gathers
     bytes: int = 0  # of the tensors that went in
@@ -52,7 +52,7 @@ class _Mean(torch.autograd.Function):
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors, in order, in runs of one dtype and at most BUCKET_BYTES; a larger tensor is a run of its own."""
+    """Yield the tensors, in order, in runs of one dtype and at most BUCKET_BYTES; a larger one is a run of its own."""
     held: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -66,7 +66,7 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class Processes:
-    """The workers of the torch.distributed process group, whose timeout bounds every all-reduce.
+    """Connect the workers of the torch.distributed process group, whose timeout bounds every all-reduce.
 
     Before each all-reduce a worker notes in `notes`, a store that all share, how far it is: who is missing when one
     fails can be read there. By default that is the server at MASTER_ADDR that env:// rendezvous left in rank 0.
@@ -84,7 +84,7 @@ class Processes:
         )
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor averaged over the workers, an all-reduce a bucket of them; autograd goes through it."""
+        """Return each tensor averaged over the workers, an all-reduce a bucket of them; autograd goes through it."""
         means: list[Tensor] = []
         for bucket in buckets(tensors):
             # The one copy is the result: `cat` makes it, it is reduced in place, and the means are views of it.
@@ -94,7 +94,7 @@ class Processes:
         return means
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all workers in the order of ranks, equally many of each, counted like `all_reduce`."""
+        """Return the rows of all workers in the order of ranks, equally many of each, counted like `all_reduce`."""
         rows = tensor.detach().contiguous()
         of_all = [torch.empty_like(rows) for _ in range(self.size)]
         with self._counted(rows):
@@ -108,7 +108,7 @@ class Processes:
 
     @contextmanager
     def _counted(self, sent: Tensor) -> Iterator[None]:
-        # Of a collective: count it, note that this worker has come to it, and say who has not where it fails.
+        # Of a collective: count it, note that this worker has come to it, and report who has not where it fails.
         self.traffic.reductions += 1
         self.traffic.bytes += sent.nbytes
         start = time.perf_counter()
@@ -171,5 +171,5 @@ def gather_statistics(model: nn.Module, workers: Workers) -> list[dict[str, Tens
 
 
 def agreed(workers: Workers, device: torch.device, mine: bool) -> bool:
-    """Tell whether all workers say yes."""
+    """Tell whether `mine` is true on all workers."""
     return bool(workers.mean([torch.tensor([float(mine)], device=device)])[0] == 1)

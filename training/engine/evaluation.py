@@ -28,7 +28,10 @@ T = TypeVar("T")
 def evaluate(
     state: TrainState, tests: Mapping[str, Split], views: Views, rank: int, workers: Workers, device: torch.device
 ) -> dict[str, float]:
-    """Accuracies on every evaluation set: top1 and top5 of the first, NAME_top1 and NAME_top5 of the others."""
+    """Return accuracies, 0…1, on every evaluation set.
+
+    They are top1 and top5 of the first, NAME_top1 and NAME_top5 of the others.
+    """
     measured: dict[str, float] = {}
     for name, test in tests.items():
         prefix = f"{name}_" if measured else ""
@@ -40,7 +43,7 @@ def evaluate(
 def accuracy(
     state: TrainState, test: Split, views: Views, rank: int, workers: Workers, device: torch.device
 ) -> tuple[float, float]:
-    """(top-1, top-5) over the whole test set: worker r takes batches r, r + N, …"""
+    """Return (top-1, top-5), 0…1, over the whole test set: worker r takes batches r, r + N, …"""
     starts = range(rank * BATCH, len(test), workers.size * BATCH)
 
     def batch(start: int) -> tuple[np.ndarray, np.ndarray]:

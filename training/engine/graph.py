@@ -22,7 +22,7 @@ WARM_UPS = 3  # steps before the capture: libraries choose and compile their ker
 
 
 class StepGraph:
-    """`step.differentiate` of one state and objective for batches of one size, replayed from the fourth call on.
+    """Do `step.differentiate` of one state and objective for batches of one size, replayed from the fourth call on.
 
     It is for one worker, since collectives report and time out on the host, and for a steady objective (`Objective`).
     The graph keeps the memory of its passes, and writes gradients and results to the same places in every step.
@@ -58,23 +58,23 @@ class StepGraph:
         self._replay()
         for value, gradient in zip(state.trained(), self._gradients, strict=True):
             value.grad = gradient
-        said = self._outcome  # the next step writes over it, and it may be read later
+        written = self._outcome  # the next step writes over it, and it may be read later
         return Outcome(
-            said.total.clone(),
-            {name: part.clone() for name, part in said.parts.items()},
-            Coefficients(**{name: value.clone() for name, value in vars(said.coefficients).items()}),
-            said.prediction_BK.clone(),
+            written.total.clone(),
+            {name: part.clone() for name, part in written.parts.items()},
+            Coefficients(**{name: value.clone() for name, value in vars(written.coefficients).items()}),
+            written.prediction_BK.clone(),
         )
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the host's generator and the device's own, which random layers draw from."""
+    """Return the state of the host's generator and the device's own, which random layers draw from."""
     on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return torch.cat([torch.get_rng_state(), *on_gpu])
 
 
 def aside(work: Callable[[], Result]) -> Result:
-    """What `work` gives, done on another stream, as PyTorch wants it before a capture."""
+    """Return what `work` gives, done on another stream, as PyTorch wants it before a capture."""
     stream, here = _other_stream(), torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
@@ -87,7 +87,7 @@ _other_stream = cache(torch.cuda.Stream)  # one, so that all warm-ups use the sa
 
 
 def capture(work: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-    """The tensors that `work` gives, not computed yet, and what computes them anew of the tensors that it reads."""
+    """Return the tensors that `work` gives, not computed yet, and a call that computes them anew from what it reads."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on with the GPU
         result = work()

@@ -54,7 +54,7 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
 
 
 def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
-    """Train as one of the workers; returns the history."""
+    """Train as one of the workers; return the history."""
     recipe, context = job.recipe, ray.train.get_context()
     rank, world, first = context.get_world_rank(), context.get_world_size(), True
     if rank == 0:  # before anything that may fail at every start

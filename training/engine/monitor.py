@@ -1,4 +1,4 @@
-"""Watches a run for the two ways it goes wrong silently: a loss that is no number, and a collapse to one answer.
+"""Watch a run for the two ways it goes wrong silently: a loss that is NaN or infinite, a collapse to one answer.
 
 Shapes: B examples, K classes.
 """
@@ -15,11 +15,11 @@ COLLAPSED = 0.2  # of the labels' entropy; measured: collapsed runs 0.03–0.12,
 
 
 class NotFiniteError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """Report a loss that became NaN or infinite."""
 
 
 class Monitor:
-    """Holds the last steps' losses and predictions where they were computed; looks at them only when asked."""
+    """Hold the last steps' losses and predictions where they were computed; look at them only when asked."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -39,7 +39,7 @@ class Monitor:
         return torch.special.entr(count_K / len(class_B)).sum()
 
     def check_finite(self, last_good: str) -> None:
-        """Raise NotFiniteError for the first step since the last check whose loss is no number; one host sync."""
+        """Raise NotFiniteError for the first step since the last check whose loss is NaN or infinite; one host sync."""
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked or bool(torch.isfinite(torch.stack([total for _, total, _ in unchecked])).all()):
             return
@@ -51,7 +51,9 @@ class Monitor:
         )
 
     def diversity(self) -> float:
-        """Mean entropy of the last steps' answers over that of their labels: 0 where a step's images get one answer.
+        """Return the mean entropy of the last steps' answers over that of their labels.
+
+        It is 0 where all images of a step get one answer.
 
         Answers are the most likely classes: calibrated predictions are rightly flat where most labels are wrong, so the
         predictions' own entropy cannot tell a network that learns slowly from one that has collapsed.
@@ -60,7 +62,7 @@ class Monitor:
         return float(answers / labels.clamp_min(1e-6))
 
     def collapse_warning(self) -> str | None:
-        """One line, once, where the network gives (nearly) one answer to every image."""
+        """Return one line, once, where the network gives (nearly) one answer to every image."""
         if self.warned or len(self.recent) < WINDOW or (diversity := self.diversity()) >= COLLAPSED:
             return None
         self.warned = True

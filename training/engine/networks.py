@@ -16,12 +16,18 @@ Norm = Callable[[int], nn.Module]
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group normalisation in groups of 8 channels: no batch statistics, so however a batch is split, results agree."""
+    """Return group normalisation in groups of 8 channels.
+
+    It has no batch statistics: however a batch is split, results agree.
+    """
     return nn.GroupNorm(max(1, channels // 8), channels)
 
 
 class WideBlock(nn.Module):
-    """Pre-activation basic block of a wide residual network (Zagoruyko & Komodakis 2016, fig. 1d, without dropout)."""
+    """Compute a pre-activation basic block of a wide residual network.
+
+    Zagoruyko & Komodakis 2016, fig. 1d, without dropout.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -33,14 +39,14 @@ class WideBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×inputs×H×W to B×outputs×H/stride×W/stride."""
+        """Map B×inputs×H×W to B×outputs×H/stride×W/stride."""
         activated = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         return shortcut + self.conv2(F.relu(self.norm2(self.conv1(activated))))
 
 
 class Bottleneck(nn.Module):
-    """ResNet v2 bottleneck (He et al. 2016b).
+    """Compute a ResNet v2 bottleneck (He et al. 2016b).
 
     `first_activation=False` leaves out the ReLU before the first 1×1 convolution, as the paper's authors do.
     `bare_first` is the network's very first block, whose input is already normalised and activated.
@@ -68,7 +74,7 @@ class Bottleneck(nn.Module):
         self.shortcut = None if inputs == outputs and stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×inputs×H×W to B×outputs×H/stride×W/stride."""
+        """Map B×inputs×H×W to B×outputs×H/stride×W/stride."""
         out = self.norm1(x)
         if self.first_activation:
             out = F.relu(out)
@@ -79,7 +85,7 @@ class Bottleneck(nn.Module):
 
 
 class SmallImageNet(nn.Module):
-    """Stem, residual blocks, norm-ReLU, global average, linear: the shape both small-image networks share."""
+    """Compute stem, residual blocks, norm-ReLU, global average, linear: the shape both small-image networks share."""
 
     def __init__(self, stem: nn.Module, blocks: list[nn.Module], features: int, classes: int, norm: Norm) -> None:
         super().__init__()
@@ -95,13 +101,16 @@ class SmallImageNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Logits, B×K."""
+        """Return logits, B×K."""
         out = F.relu(self.norm(self.blocks(self.stem(image_BCHW))))
         return self.head(out.mean((2, 3)))
 
 
 def wide_resnet(depth: int, width: int, channels: int, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
-    """WRN-depth-width; depth is 6n + 4 (Zagoruyko & Komodakis 2016)."""
+    """Build WRN-depth-width (Zagoruyko & Komodakis 2016).
+
+    Raises ValueError unless depth is 6n + 4, from 10, and width at least 1.
+    """
     if depth < 10 or (depth - 4) % 6 or width < 1:
         raise ValueError(f"wrn-{depth}-{width}: depth must be 10, 16, 22, 28 … (6n + 4) and width at least 1")
     inputs, blocks = 16, []
@@ -114,7 +123,10 @@ def wide_resnet(depth: int, width: int, channels: int, classes: int, norm: Norm 
 
 
 def resnet29(channels: int, classes: int, norm: Norm = nn.BatchNorm2d, first_activation: bool = False) -> nn.Module:
-    """ResNet-29 v2, 0.84 M parameters (METHOD: networks); `first_activation=True` is standard pre-activation."""
+    """Build ResNet-29 v2, 0.84 M parameters (docs/method.md, "Networks").
+
+    `first_activation=True` is standard pre-activation.
+    """
     stem = nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1), norm(16), nn.ReLU())
     inputs, blocks = 16, []
     for stage, (width, outputs) in enumerate(((16, 64), (64, 128), (128, 256))):
@@ -135,7 +147,10 @@ def resnet29(channels: int, classes: int, norm: Norm = nn.BatchNorm2d, first_act
 
 
 def densenet100(channels: int, classes: int) -> nn.Module:
-    """DenseNet-BC-100, growth 12, 0.77 M parameters (Huang et al. 2017): torchvision's, without its stem for 224 px."""
+    """Build DenseNet-BC-100, growth 12, 0.77 M parameters (Huang et al. 2017).
+
+    It is torchvision's, without its stem for 224 px.
+    """
     from torchvision.models import DenseNet  # as long to import as torch itself
 
     model = DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=classes)
@@ -147,7 +162,10 @@ def densenet100(channels: int, classes: int) -> nn.Module:
 
 
 def vgg13(channels: int, classes: int) -> nn.Module:
-    """VGG-13 with batch norm and one linear layer, 9.4 M parameters, for 32 px or more: torchvision's convolutions."""
+    """Build VGG-13 with batch norm and one linear layer, 9.4 M parameters, for 32 px or more.
+
+    The convolutions are torchvision's.
+    """
     from torchvision.models import vgg13_bn
 
     features = vgg13_bn().features
@@ -160,7 +178,7 @@ SMALL_IMAGES = {"densenet100": densenet100, "vgg13": vgg13}
 
 
 def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
-    """The randomly initialised network called `name`, the same for the same seed.
+    """Build the randomly initialised network called `name`, the same for the same seed.
 
     `wrn-28-10`, `resnet29` (the authors' variant), `resnet29-preact`; `:group` behind these replaces batch by group
     normalisation; `densenet100`, `vgg13`; any other name is timm's. Raises ValueError, with the closest names, for an

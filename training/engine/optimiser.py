@@ -28,7 +28,7 @@ def kernels(module: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class SgdDescent(Descent):
-    """The next update of SGD with momentum and coupled weight decay, which it leaves to others to do."""
+    """Describe the next update of SGD with momentum and coupled weight decay, without doing it."""
 
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -67,7 +67,7 @@ class SgdDescent(Descent):
 
 
 class Sgd:
-    """SGD with momentum and coupled weight decay, on a model's parameters and those of its objective's memory."""
+    """Update by SGD with momentum and coupled weight decay a model's parameters and those of its objective's memory."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Sgd:
         return SgdDescent(self.momentum, self.weight_decay, self.decayed, velocity)
 
     def update(self, lr: float) -> None:
-        """Move all parameters by their gradients."""
+        """Move all parameters by their gradients, at the learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

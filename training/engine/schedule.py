@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Schedule:
-    """Cycle i lasts `first_cycle`·`t_mul`^i steps and starts at `lr`·`m_mul`^i; each falls to 0 along a half cosine.
+    """Set the learning rate of every step: in each cycle it falls to 0 along a half cosine.
 
-    Cycle lengths are real numbers, as in the authors' code: 500 steps and 11 cycles end at step 85,498 (METHOD).
+    Cycle i lasts `first_cycle`·`t_mul`^i steps and starts at `lr`·`m_mul`^i. Cycle lengths are real numbers, as in the
+    authors' code: 500 steps and 11 cycles end at step 85,498 (docs/method.md, "Optimisation").
     """
 
     lr: float = 0.1
@@ -38,23 +39,23 @@ class Schedule:
             raise ValueError(f"schedule.t_mul is {self.t_mul}: it must be 1 or more")
 
     def start(self, cycle: int) -> float:
-        """Where a cycle starts, in steps; rounding errors of the power do not count as a part of a step."""
+        """Return where a cycle starts, in steps; rounding errors of the power do not count as a part of a step."""
         if self.t_mul == 1:
             return float(self.first_cycle * cycle)
         return round(self.first_cycle * (self.t_mul**cycle - 1) / (self.t_mul - 1), 6)
 
     @property
     def ends(self) -> list[int]:
-        """The number of steps done at the end of each cycle."""
+        """Return the number of steps done at the end of each cycle."""
         return [math.ceil(self.start(cycle)) for cycle in range(1, self.cycles + 1)]
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run: the end of the last cycle."""
+        """Return the steps of the whole run: the end of the last cycle."""
         return self.ends[-1]
 
     def filling(self, steps: int) -> Schedule:
-        """Whole cycles that fill `steps`, but for rounding, with a first one as near as can be to this schedule's."""
+        """Return whole cycles that fill `steps`, but for rounding, the first as near as can be to this schedule's."""
 
         def first_of(cycles: int) -> int:
             return max(int(steps / replace(self, first_cycle=1).start(cycles)), 1)
@@ -66,14 +67,14 @@ class Schedule:
         return replace(self, first_cycle=first_of(nearest), cycles=nearest)
 
     def cycle(self, step: int) -> int:
-        """The cycle that step `step` (from 0) belongs to, from 0."""
+        """Return the cycle that step `step` (from 0) belongs to, from 0."""
         cycle = 0
         while self.start(cycle + 1) <= step:
             cycle += 1
         return cycle
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step`, from 0."""
+        """Return the learning rate of step `step`, from 0."""
         cycle = self.cycle(step)
         if self.drops:
             return self.lr * self.m_mul**cycle * 0.1 ** sum(drop <= step for drop in self.drops)

@@ -16,7 +16,7 @@ from training.objectives.private_torch import foreach_lerp_
 
 
 class TrainState:
-    """A model in training, its objective's memory and the optimiser of both."""
+    """Hold a model in training, its objective's memory and the optimiser of both."""
 
     def __init__(self, model: nn.Module, optimiser: Sgd, *, average: bool, memory: nn.Module | None = None) -> None:
         """Begin at step 0; with `average`, keep a moving average of the model's parameters."""
@@ -26,7 +26,7 @@ class TrainState:
         self.step = 0  # updates done
 
     def trained(self) -> list[nn.Parameter]:
-        """All that the optimiser updates: the parameters of the model, then of the memory."""
+        """Return all that the optimiser updates: the parameters of the model, then of the memory."""
         return [*self.model.parameters(), *self.memory.parameters()]
 
     def apply_gradients(self, lr: float) -> None:
@@ -39,11 +39,11 @@ class TrainState:
         self.step += 1
 
     def finite(self) -> bool:
-        """Whether every parameter is a number; a host sync."""
+        """Tell whether no parameter is NaN or infinite; one host sync."""
         return all(bool(torch.isfinite(value).all()) for value in self.trained())
 
     def predict(self, image_BCHW: Tensor) -> Tensor:
-        """Logits, B×K, of the averaged parameters (where kept) with the live batch-norm statistics, in eval mode."""
+        """Return logits, B×K, in eval mode, of the averaged parameters (where kept) and live batch-norm statistics."""
         self.model.eval()
         with torch.no_grad():
             logits_BK = functional_call(self.model, self.averaged, (image_BCHW,))
@@ -51,7 +51,7 @@ class TrainState:
         return logits_BK
 
     def inference_weights(self) -> dict[str, Tensor]:
-        """What `predict` uses, as one state dict for the model alone."""
+        """Return what `predict` uses, as one state dict for the model alone."""
         return {**self.model.state_dict(), **self.averaged}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -68,7 +68,7 @@ class TrainState:
             value.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads it back."""
+        """Return tensors, numbers and strings only, so that `torch.load(weights_only=True)` reads them back."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -78,7 +78,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; raises ValueError where the checkpoint is of another network or recipe."""
+        """Go on from `state_dict`; raises ValueError where the checkpoint is of another network or recipe."""
         try:
             self.model.load_state_dict(saved["model"])
             self.memory.load_state_dict(saved["memory"])

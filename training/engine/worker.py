@@ -33,7 +33,7 @@ LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits fo
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is given. Evaluation sets travel as object-store references: read without a copy."""
+    """Hold what every worker is given. Evaluation sets travel as object-store references: read without a copy."""
 
     recipe: Recipe
     plan: Plan  # from step 0
@@ -44,7 +44,7 @@ class Job:
 
 
 class Worker:
-    """A worker of a run, from the step that `state` is at."""
+    """Train as a worker of a run, from the step that `state` is at."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Worker:
         return outcome
 
     def after_step(self, step: int, outcome: Outcome) -> None:
-        """Look, report, evaluate and keep, as far as it is time for each."""
+        """Look at the loss, report, evaluate and write a checkpoint, as far as it is time for each."""
         done = self.state.step
         measures = done in self.recipe.evaluations
         keeps = measures or (self.recipe.checkpoint_steps > 0 and done % self.recipe.checkpoint_steps == 0)

@@ -29,7 +29,7 @@ KEPT = 2  # newest checkpoints, so that there is one before a damaged one
 
 @dataclass(frozen=True)
 class Commit:
-    """A finished checkpoint."""
+    """Hold the record of a finished checkpoint."""
 
     step: int
     bytes: int
@@ -55,7 +55,7 @@ def commits(folder: str) -> list[Commit]:
 
 
 class DamagedError(RuntimeError):
-    """A checkpoint is not what its commit record says: part of it is lost, or has changed."""
+    """Report a checkpoint that is not what its commit record says: part of it is lost, or has changed."""
 
 
 def newest_step(folder: str) -> int:
@@ -93,7 +93,7 @@ def drop_after(folder: str, step: int) -> None:
 
 
 class Writer:
-    """Saves checkpoints in a thread: training goes on while one is uploaded. Only one worker has a writer.
+    """Save checkpoints in a thread: training goes on while one is uploaded. Only one worker has a writer.
 
     The run's folder is its own from now on: what another one, of an earlier start, still has on the way is refused.
     """

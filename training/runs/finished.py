@@ -1,4 +1,4 @@
-"""A finished run, as its folder tells of it: for those who look back at what it learned."""
+"""A finished run, as its folder shows it: for those who look back at what it learned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.runs import ledger, model_file, recipe_file
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """Hold a finished run."""
 
     folder: str
     recipe: dict[str, Any]  # recipe.json

@@ -26,33 +26,33 @@ FEW_VALUES = ["step", "epoch", "label", "trust", "pseudo_label"]  # columns that
 
 
 class Ledger:
-    """One worker's rows. They stay where they were computed until a thread writes them, so a step waits for neither.
+    """Hold one worker's rows. They stay where they were computed until a thread writes them: a step waits for neither.
 
     Two parts are held at most while storage takes them as fast as they come; where it is slower, training waits for it.
     """
 
     def __init__(self, folder: str, rank: int) -> None:
         self.folder, self.rank = f"{folder}/{FOLDER}", rank
-        self.known: list[dict[str, np.ndarray]] = []  # what the stream said: step, epoch, id, label
-        self.decided: list[dict[str, Tensor]] = []  # what the step said
+        self.known: list[dict[str, np.ndarray]] = []  # what the stream gave: step, epoch, id, label
+        self.decided: list[dict[str, Tensor]] = []  # what the step decided
         self.rows = 0  # of these
         self.waiting: deque[tuple[str, bytes]] = deque()  # files, by name, that storage has not taken: the thread's own
         self.thread = ThreadPoolExecutor(1)
         self.last: Future[str] | None = None
 
-    def add(self, step: int, known: dict[str, np.ndarray], said: Coefficients) -> None:
-        """The rows of one step; `known` has the stream's id, epoch and label, B each.
+    def add(self, step: int, known: dict[str, np.ndarray], decided: Coefficients) -> None:
+        """Add the rows of one step; `known` has the stream's id, epoch and label, B each.
 
         Raises InputError where storage has taken none of the last MOST_PARTS parts.
         """
         self.known.append({"step": np.full(len(known["id"]), step), **known})
         self.decided.append(
             {
-                "weight": said.weight_B,
-                "trust": said.trust_B,
-                "pseudo_label": said.pseudo_label_B,
-                "confidence": said.confidence_B,
-                "loss": said.loss_B,
+                "weight": decided.weight_B,
+                "trust": decided.trust_B,
+                "pseudo_label": decided.pseudo_label_B,
+                "confidence": decided.confidence_B,
+                "loss": decided.loss_B,
             }
         )
         self.rows += len(known["id"])
@@ -60,14 +60,14 @@ class Ledger:
             self._begin()
 
     def flush(self) -> str:
-        """Wait until all rows so far are written; returns "", or why they could not be.
+        """Wait until all rows so far are written; return "", or why they could not be.
 
         Rows that could not be written are kept for the next time.
         """
         return self._begin().result()
 
     def close(self) -> None:
-        """Wait for what is being written; rows that are not, are left."""
+        """Wait for what is being written; other rows are not written."""
         self.thread.shutdown(wait=True)
 
     def _begin(self) -> Future[str]:
@@ -109,7 +109,7 @@ def _encoded(known: list[dict[str, np.ndarray]], decided: list[dict[str, Tensor]
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """One file: the rows of one worker from step `first` to step `last`."""
+    """Name one file: the rows of one worker from step `first` to step `last`."""
 
     first: int
     last: int
@@ -117,13 +117,13 @@ class Part:
 
     @staticmethod
     def of(path: str) -> Part:
-        """The part that is at `path`, by its name."""
+        """Return the part that is at `path`, by its name."""
         _, first, last, *_ = path.rsplit("/", 1)[-1].split("-")
         return Part(int(first), int(last), path)
 
 
 def parts(folder: str) -> list[Part]:
-    """The files of the run in `folder`, by step; none where it has no ledger."""
+    """Return the files of the run in `folder`, by step; none where it has no ledger."""
     fs, path = storage.connect(f"{folder}/{FOLDER}")
     try:
         names = storage.attempt(fs, path, lambda: fs.ls(path, detail=False))
@@ -141,7 +141,11 @@ def forget(folder: str, step: int) -> None:
 
 
 def read(folder: str) -> pa.Table:
-    """All rows of the run in `folder`: step, epoch, id, label, weight, trust, pseudo_label, confidence, loss."""
+    """Return all rows of the run in `folder`, by step.
+
+    The columns are step, epoch, id, label, weight, trust, pseudo_label, confidence and loss. Raises FileNotFoundError
+    where there is no ledger.
+    """
     fs, _ = storage.connect(folder)
     tables = [pq.read_table(pa.BufferReader(storage.read(fs, part.path))) for part in parts(folder)]
     if not tables:

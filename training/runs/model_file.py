@@ -30,7 +30,7 @@ BATCH = 128  # images
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What the file of a run holds."""
+    """Hold what is in the file of a run."""
 
     url: str
     sha256: str
@@ -40,11 +40,14 @@ class ModelFile:
 
     @property
     def source(self) -> Source:
-        """The data set it was trained on, whose test view the network sees. Raises InputError for an unknown one."""
+        """Return the data set it was trained on, whose test view the network sees.
+
+        Raises InputError for an unknown one.
+        """
         return source_of(self.recipe["dataset"])
 
     def probabilities(self, examples: Examples) -> np.ndarray:
-        """What the network says of examples of its data set, N×K. Raises as `bare_network`."""
+        """Return the network's probabilities for examples of its data set, N×K. Raises as `bare_network`."""
         network, views = self.network(), self.source.views
         dtype = next(network.parameters()).dtype
         parts = []
@@ -67,7 +70,7 @@ class ModelFile:
                 raise InputError(f"{what}: give a model and data of the same classes")
 
     def network(self) -> nn.Module:
-        """The network in eval mode on the CPU, computing as it did when it was evaluated. Raises as `bare_network`."""
+        """Return the network in eval mode on the CPU, computing as when it was evaluated. Raises as `bare_network`."""
         precision, channels_last = self.recipe["precision"], self.recipe["channels_last"]
         dtype = torch.float64 if precision == "float64" else torch.float32
         network = self.bare_network(dtype)
@@ -77,7 +80,7 @@ class ModelFile:
         return network.eval()
 
     def bare_network(self, dtype: torch.dtype) -> nn.Module:
-        """The network in eval mode on the CPU, with weights of `dtype`.
+        """Return the network in eval mode on the CPU, with weights of `dtype`.
 
         Raises InputError where it is unknown, or the weights do not fit it.
         """
@@ -93,9 +96,9 @@ class ModelFile:
 
 
 def read(url: str) -> ModelFile:
-    """The model of the run in the folder `url`, or of the file `url` itself, model.safetensors.
+    """Return the model of the run in the folder `url`, or of the file `url` itself, model.safetensors.
 
-    Raises InputError where there is none, or none that says what it is.
+    Raises InputError where there is none, where it is damaged, and where it lacks its classes and recipe.
     """
     url = url if url.endswith(".safetensors") else storage.join(url, NAME)
     try:
@@ -107,9 +110,9 @@ def read(url: str) -> ModelFile:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # as the format has it
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{url} is damaged ({type(error).__name__}): copy the run again") from None
-    said = header.get("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     try:
-        names, recipe = json.loads(said["class_names"]), json.loads(said["recipe"])
+        names, recipe = json.loads(metadata["class_names"]), json.loads(metadata["recipe"])
     except (ValueError, KeyError) as error:
         what = f"{url} does not say its classes and recipe ({error})"
         raise InputError(f"{what}: give the {NAME} that a run has written, with its metadata") from None

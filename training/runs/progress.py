@@ -20,7 +20,7 @@ NOT_PARTS = {
 
 
 class Progress:
-    """Shows a run's messages; a context manager, so that the terminal is left in order."""
+    """Show a run's messages; a context manager, so that the terminal is left in order."""
 
     def __init__(self, recipe: Recipe, console: Console) -> None:
         self.recipe, self.console = recipe, console
@@ -61,7 +61,7 @@ class Progress:
 
 
 def describe(message: Mapping[str, Any]) -> str:
-    """Cycle, learning rate, loss and parts, speed, waiting, and accuracies where there are new ones, in one line."""
+    """Return one line: cycle, learning rate, loss and parts, speed, waiting, and accuracies where they are new."""
     accuracies = {name: value for name, value in message.items() if name.endswith(("top1", "top5"))}
     parts = " ".join(
         f"{name} {value:.2f}" for name, value in message.items() if name not in NOT_PARTS | accuracies.keys()

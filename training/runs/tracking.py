@@ -16,7 +16,7 @@ RUN_ID = "mlflow_run_id"  # file in the run's folder
 
 
 class Tracker:
-    """Logs rank 0's rows. Raises ModuleNotFoundError, naming the fix, where the tracker is not installed."""
+    """Log rank 0's rows. Raises ModuleNotFoundError, naming the fix, where the tracker is not installed."""
 
     def __init__(self, recipe: Recipe, folder: str) -> None:
         self.kind = recipe.tracker
@@ -43,7 +43,7 @@ class Tracker:
             wandb.init(project="winnow", name=recipe.name, id=run_id, resume="allow", config=publishable(recipe))
 
     def log(self, row: Mapping[str, float]) -> str:
-        """Log every figure of `row`, at its step; returns "", or what went wrong, which is no reason to stop a run."""
+        """Log every figure of `row`, at its step; return "", or what went wrong, which is no reason to stop a run."""
         try:
             self._log(row)
         except Exception as error:  # servers and disks fail in many ways

@@ -24,7 +24,7 @@ Values = Mapping[str, Tensor]
 
 
 class Compiled:
-    """`run(image_bCHW, parameters, buffers)` as few kernels; a copy compiles its own."""
+    """Compute `run(image_bCHW, parameters, buffers)` in few kernels; a copy compiles its own."""
 
     def __init__(self, run: Callable[[Tensor, Values, Values], Tensor]) -> None:
         self.run = run

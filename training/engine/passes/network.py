@@ -22,23 +22,23 @@ from training.objectives.private_torch import no_modes
 
 
 class Passes(StandIn):
-    """`network`, which trains on `chunks` equal parts of every batch in turn and computes in `dtype`.
+    """Run `network`, which trains on `chunks` equal parts of every batch in turn and computes in `dtype`.
 
     To objectives, optimiser and checkpoints it is the network, with its names, on one whole batch; images, logits,
     parameters and gradients keep their own precision. Backward computes a chunk again when it comes to it, so that the
     activations of one chunk at most exist at a time; only the engine `second_order` keeps a graph of all of them.
 
-    Only batch norm can tell: it normalises each chunk by itself and moves its running statistics once a chunk. Batches
+    Only batch norm differs: it normalises each chunk by itself and moves its running statistics once a chunk. Batches
     are stored group by group, so where `chunks` is a multiple of the groups this worker holds, what it does is the same
     on any number of workers. In eval mode, with neither a graph nor batch statistics, a batch stays whole.
 
-    `recompute`, the blocks of `network`, which is changed in place, keep their inputs alone, and backward computes each
-    again when it comes to it, batch norm included. With chunks, too, the activations of one block of one chunk exist at
-    a time. Blocks are elements of an `nn.Sequential` or `nn.ModuleList`, see `recompute.residual_blocks`; ValueError
-    where there are fewer than two. The engine `second_order` saves less.
+    With `recompute`, the blocks of `network`, which is changed in place, keep their inputs alone, and backward computes
+    each again when it comes to it, batch norm included. With chunks, too, the activations of one block of one chunk
+    exist at a time. Blocks are elements of an `nn.Sequential` or `nn.ModuleList`, see `recompute.residual_blocks`;
+    raises ValueError where there are fewer than two. The engine `second_order` saves less.
 
-    `compiled`, `torch.compile` makes one kernel of many in every training pass; nothing is recorded for forward mode
-    then, in which random layers draw anew. It is for one chunk, and cannot be differentiated twice.
+    With `compiled`, `torch.compile` makes one kernel of many in every training pass; nothing is recorded for forward
+    mode then, in which random layers draw anew. It is for one chunk, and cannot be differentiated twice.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def cast(values: Mapping[str, Tensor], dtype: torch.dtype, uncast: frozenset[str
 
 @contextmanager
 def matched_tangents(network: nn.Module) -> Iterator[None]:
-    """Inside, in forward mode, layers leave tangents of their outputs' own dtype."""
+    """Have layers, in forward mode, leave tangents of their outputs' own dtype while the context lasts."""
     hooks = [module.register_forward_hook(_match_tangent) for module in network.modules()]
     try:
         yield

@@ -39,7 +39,7 @@ def again_in_backward(
 
 
 class Recomputed(StandIn):
-    """A block of a network, which keeps its inputs alone and is run again in backward."""
+    """Run a block of a network, keep its inputs alone, and run it again in backward."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return what the block makes of its inputs."""

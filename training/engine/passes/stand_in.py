@@ -6,7 +6,7 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """`original`, with its names and values, under another forward."""
+    """Stand in for `original`, with its names and values, under another forward."""
 
     _original: nn.Module
 
