@@ -330,7 +330,7 @@ def test_the_command_tells_mistakes_in_one_line(tmp_path, capsys):
     for main, arguments in ((clean.main, asked), (shards.main, ["--from", *asked])):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
-        assert stopped.value.code == f"error: no recipe.json in {tmp_path}: give the folder of an audited run"
+        assert stopped.value.code == f"error: {tmp_path} has no recipe.json: give the folder of a run"
     with pytest.raises(SystemExit) as stopped:
         clean.main([str(tmp_path), "--data", "data", "--out", "out", "--confidence", "2"])
     assert stopped.value.code == 2
