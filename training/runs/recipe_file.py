@@ -64,6 +64,8 @@ def differences(recipe: Recipe, wanted: Mapping[str, Any], held: Mapping[str, An
     for path, value in RETIRED.items():
         if path not in now and then.get(path) == value:
             del then[path]
+    if "dataset.source.kind" in now:  # left out by schema 0
+        then.setdefault("dataset.source.kind", now["dataset.source.kind"])
     ignored = {"schema", *FREE_TO_CHANGE}
     absent = object()
     paths = [path for path in {**now, **then} if path.partition(".")[0] not in ignored]

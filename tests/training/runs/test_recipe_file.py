@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.cifar import Cifar
-from pipeline.dataset import InputError
+from pipeline.dataset import HeldOut, InputError
 from pipeline.digits import Digits
 from training import launch
 from training.engine.schedule import Schedule
@@ -96,6 +96,15 @@ def test_a_retired_field_counts_where_it_changed_the_run(path, value):
     assert differences(MADE, wanted, held) == []
     held[room][name] = 7
     assert differences(MADE, wanted, held) == [path]
+
+
+def test_a_trial_of_the_first_version_goes_on_though_it_does_not_name_its_data_set():
+    trial = replace(MADE, dataset=HeldOut(Digits(), 2))
+    held = record(trial, "0")
+    del held["dataset"]["source"]["kind"], held["schema"]
+    assert differences(trial, record(trial, "0"), held) == []
+    held["dataset"]["per_class"] = 3
+    assert differences(trial, record(trial, "0"), held) == ["dataset.per_class"]
 
 
 def test_what_is_free_to_change_is_no_part_of_it():
