@@ -1,13 +1,13 @@
 """SGD: its update, and the lookahead by which a meta step asks where its next update would go.
 
-Another optimiser is another file of this form: a class like `Sgd`, and a `Descent` of its own.
+Another optimiser is another file: an `Optimiser` such as `Sgd`, and a `Descent` of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,30 @@ def everything(module: nn.Module) -> frozenset[str]:
 def kernels(module: nn.Module) -> frozenset[str]:
     """Name the weights of convolutions and linear layers: what weight decay acts on for ResNet-29."""
     return frozenset(name for name, value in module.named_parameters() if value.dim() > 1)
+
+
+class Optimiser(Protocol):
+    """Update the parameters of a model and of its objective's memory."""
+
+    def descent(self) -> Descent:
+        """Return the next update as a meta step sees it, before the gradients of this step are there."""
+        ...
+
+    def update(self, lr: float) -> None:
+        """Move all parameters by their gradients."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data: tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from training.engine.optimiser import Sgd
+from training.engine.optimiser import Optimiser
 from training.objectives.private_torch import foreach_lerp_
 
 
 class TrainState:
     """Hold a model in training, its objective's memory and the optimiser of both."""
 
-    def __init__(self, model: nn.Module, optimiser: Sgd, *, average: bool, memory: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, optimiser: Optimiser, *, average: bool, memory: nn.Module | None = None
+    ) -> None:
         """Begin at step 0; with `average`, keep a moving average of the model's parameters."""
         self.model, self.optimiser, self.memory = model, optimiser, nn.Module() if memory is None else memory
         parameters = model.named_parameters()

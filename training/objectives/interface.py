@@ -79,6 +79,12 @@ class Descent:
         """Return the values after an update of size `rate` along gradients in their order, perhaps without momentum."""
         return dict(zip(values, foreach_add(list(values.values()), list(gradients), alpha=-rate), strict=True))
 
+    def pull_back(
+        self, direction: Mapping[str, Tensor], gradients: Sequence[Tensor], *, momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return Dᵀ·direction, where `look_ahead` moves by −rate·D·δ when its gradients move by δ; here D = 1."""
+        return dict(direction)
+
     def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
         """Return what weight decay adds to a loss at these values."""
         return 0.0

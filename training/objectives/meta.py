@@ -114,7 +114,7 @@ def logit_slope(problem: MetaProblem) -> Tensor:
     theta = problem.parameters
     if problem.scope != "all":
         return _backward_twice(problem, theta)
-    direction = _probe_gradient(problem, _looked_ahead(problem, theta, _inner_gradient(problem, theta)))
+    direction = _direction(problem, theta, _inner_gradient(problem, theta))
     return _forward_mode(problem, theta, direction)
 
 
@@ -163,6 +163,18 @@ def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[s
         return problem.moment.descent.add_penalty(direction, ahead)
 
 
+def _direction(
+    problem: MetaProblem, theta: Mapping[str, Tensor], gradients: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    """Return Dᵀv: L^p(θ') changes with the inner gradients by −α·Dᵀv. For SGD that is v."""
+    direction = _probe_gradient(problem, _looked_ahead(problem, theta, gradients))
+    if gradients is None:
+        return direction
+    momentum = problem.lookahead == "momentum"
+    with torch.no_grad():
+        return problem.moment.descent.pull_back(direction, gradients, momentum=momentum)
+
+
 def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
     """Return t = J_θΦ(weak)·v exactly, B×K, without a graph."""
     recorded = problem.recorded
@@ -193,7 +205,7 @@ def _backward_twice(problem: MetaProblem, theta: Mapping[str, Tensor]) -> Tensor
     inner = None
     if problem.lookahead != "l2r":
         inner = problem.workers.mean([gradient.detach() for gradient in gradients])
-    direction = _probe_gradient(problem, _looked_ahead(problem, theta, inner))
+    direction = _direction(problem, theta, inner)
     return torch.autograd.grad(gradients, u_BK, list(direction.values()))[0]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from training.engine.optimiser import SgdDescent
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.interface import Alone
 from training.objectives.losses import normalised_weights
@@ -218,3 +219,30 @@ def test_random_layers_draw_in_forward_mode_what_they_drew_before(keeps, problem
         found.append(meta_gradient(engine, posed))
     for one_B, other_B in zip(*found, strict=True):
         assert relative(one_B, other_B) < 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Uneven(SgdDescent):
+    """SGD that moves every parameter in another measure: D is diagonal, and differs from the unit matrix."""
+
+    def measure(self, value) -> torch.Tensor:
+        return torch.linspace(0.5, 2.0, value.numel(), dtype=value.dtype).view_as(value)
+
+    def look_ahead(self, values, gradients, rate, *, momentum=True):
+        moved = [self.measure(gradient) * gradient for gradient in gradients]
+        return super().look_ahead(values, moved, rate, momentum=momentum)
+
+    def pull_back(self, direction, gradients, *, momentum=True):
+        return {name: self.measure(value) * value for name, value in direction.items()}
+
+
+@pytest.mark.parametrize("scope", ["all", "last_block", "last_layer"])
+def test_forward_mode_is_exact_for_an_optimiser_that_scales_gradients(problem, scope):
+    held = problem.moment.descent
+    moment = dataclasses.replace(problem.moment, descent=Uneven(**vars(held)))
+    posed = dataclasses.replace(meta_problem(dataclasses.replace(problem, moment=moment)), scope=scope)
+    found = [meta_gradient(engine, posed) for engine in ("forward", "second_order")]
+    plain_B, _ = meta_gradient("forward", dataclasses.replace(meta_problem(problem.fresh()), scope=scope))
+    for found_B, exact_B in zip(*found, strict=True):
+        assert relative(found_B, exact_B) <= 1e-10
+    assert relative(found[0][0], plain_B) > 1e-2
