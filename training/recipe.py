@@ -31,7 +31,7 @@ class Recipe:
     name: str
     """Name of the run: its folder under `storage`. The same name again resumes from the last checkpoint."""
     dataset: Source
-    """Which data set, with which noise and trusted set."""
+    """Which data set, with which noise and probe set."""
     objective: Objective
     """What is minimised; chosen by --method, its fields changed one by one."""
     data: str = ""
