@@ -416,7 +416,7 @@ def test_blocks_drop_the_same_again_in_backward_and_in_forward_mode():
         for retained in (True, False):
             logits_BK.square().sum().backward(retain_graph=retained)
         found.append([logits_BK.detach(), *(value.grad for value in model.parameters())])
-        with torch.no_grad(), dual_level(), FusedTangents(recorded.outputs), recorded.replayed():
+        with torch.no_grad(), dual_level(), FusedTangents(recorded.calls), recorded.replayed():
             moving = {name: make_dual(value.detach(), value.detach()) for name, value in model.named_parameters()}
             found[-1].append(unpack_dual(functional_call(model, moving, (image_BCHW,))).tangent)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
