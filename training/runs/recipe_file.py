@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # Fields that recipes had once, with the value under which a run did what it does without them.
 RETIRED = {"objective.meta_every": 1, "objective.meta_probe": 1.0}
+RENAMED = {"CleanNetWeights": "CleanNet"}  # kinds of objectives, by the name they had
 
 
 def record(recipe: Recipe, data: str) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def differences(recipe: Recipe, wanted: Mapping[str, Any], held: Mapping[str, An
     for path, value in RETIRED.items():
         if path not in now and then.get(path) == value:
             del then[path]
+    if (kind := str(then.get("objective.kind"))) in RENAMED:
+        then["objective.kind"] = RENAMED[kind]
     if "dataset.source.kind" in now:  # left out by schema 0
         then.setdefault("dataset.source.kind", now["dataset.source.kind"])
     ignored = {"schema", *FREE_TO_CHANGE}

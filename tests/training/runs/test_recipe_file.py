@@ -15,6 +15,7 @@ from pipeline.dataset import HeldOut, InputError
 from pipeline.digits import Digits
 from training import launch
 from training.engine.schedule import Schedule
+from training.objectives.baselines.cleannet import CleanNet
 from training.objectives.baselines.elr import Elr
 from training.objectives.ieg import winnow
 from training.recipe import Recipe
@@ -96,6 +97,14 @@ def test_a_retired_field_counts_where_it_changed_the_run(path, value):
     assert differences(MADE, wanted, held) == []
     held[room][name] = 7
     assert differences(MADE, wanted, held) == [path]
+
+
+def test_a_renamed_kind_is_the_same_objective():
+    made = replace(MADE, objective=CleanNet())
+    held = record(made, "0")
+    held["objective"]["kind"] = "CleanNetWeights"
+    assert differences(made, record(made, "0"), held) == []
+    assert differences(MADE, record(MADE, "0"), held)[0] == "objective.kind"
 
 
 def test_a_trial_of_the_first_version_goes_on_though_it_does_not_name_its_data_set():
