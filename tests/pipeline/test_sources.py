@@ -46,6 +46,7 @@ def built(draw: st.DrawFn, kind: Any) -> Source:
         raise
 
 
+@pytest.mark.slow
 def test_a_reader_knows_every_data_set_of_the_pipeline():
     """In a fresh interpreter: what importing all modules of the pipeline adds is nothing."""
     code = "import importlib, sys\nfrom pipeline import sources\nbefore = set(sources.Source.kinds)\n"

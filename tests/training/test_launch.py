@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run(local_ray, tmp_path):
 
 def test_no_checkpoint_is_made_of_parameters_that_are_no_numbers(local_ray, tmp_path):
     wilder = replace(wild(tmp_path), evaluate_every=1, weight_decay=1e12)
-    with pytest.raises(InputError, match=r"no numbers after step 0; last good checkpoint: none"):
+    with pytest.raises(InputError, match=r"NaN or infinite after step 0; last good checkpoint: none"):
         launch.run(wilder, Console(file=io.StringIO()))
 
 
