@@ -1,8 +1,8 @@
 """Settings of every test: one thread a process, no time limits on generated examples, one cloud storage, one Ray.
 
 A test is marked `fast` unless it is marked `slow` or one of its fixtures starts something; `make test-fast` runs these.
-Where tests run in several processes (`make test` does, see pytest-xdist), those of a file stay together, and those
-with clusters of their own are all in one process, so that no two of these stand at once.
+Those run in several processes at once (pytest-xdist), where the tests of a file stay together. All others run one by
+one: two Rays on two cores take longer beside each other than one after the other, and reach time limits.
 """
 
 import atexit
@@ -31,19 +31,15 @@ settings.register_profile("winnow", deadline=None)
 settings.load_profile("winnow")
 
 STARTS = {"local_ray", "storage", "both", "cluster"}  # fixtures that start other processes, or a server
-FIRST = [f"test_{name}" for name in ("launch", "search", "predict", "resume", "passes", "sharded", "graph")]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist look at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast, keep the tests of a file in one process, and begin with what takes longest."""
+    """Mark what is fast, and keep the tests of a file in one process."""
     for item in items:
         if not STARTS & set(item.fixturenames) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.fast)
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    order = {group: place for place, group in enumerate(["own clusters", *FIRST])}
-    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(items)))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

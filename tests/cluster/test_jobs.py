@@ -37,8 +37,6 @@ STEPS = 200
 CPUS = {"head": 0, "data": 2, "training": 2}  # training has one to spare, which no data actor may take
 PATIENCE = 180.0  # seconds
 
-pytestmark = pytest.mark.xdist_group("own clusters")
-
 
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that nobody uses now."""
