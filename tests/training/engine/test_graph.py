@@ -132,7 +132,7 @@ def test_in_a_capture_no_random_state_is_read(problem, monkeypatch):
     kept = []
     plain = recompute.checkpoint
     monkeypatch.setattr(
-        passes, "checkpoint", lambda *args, **how: (kept.append(how["preserve_rng_state"]), plain(*args, **how))[1]
+        recompute, "checkpoint", lambda *args, **how: (kept.append(how["preserve_rng_state"]), plain(*args, **how))[1]
     )
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
