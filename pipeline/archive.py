@@ -16,20 +16,28 @@ import uuid
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from pipeline import storage
 from pipeline.dataset import InputError
+from pipeline.images import ENDINGS
 
 # Where an image is: URL of a file or archive (None: known to be missing), first byte, bytes (−1: the whole file), and
-# how it is kept there: "file", "stored" (as it is, in a tar or zip), "deflated" (zip), "row" (of a Parquet file).
+# how it is kept there: "file", "stored" (as it is, in a tar or zip), "deflated" (zip), "row" (of a Parquet file, where
+# bytes are the number of its column, −1 for the one of images).
 Place = tuple[str | None, int, int, str]
 
 ARCHIVE = re.compile(r"(?!\._)(?P<stem>.+)\.(?P<kind>tar|tar\.gz|tgz|zip)", re.IGNORECASE)
-IMAGE = re.compile(r"(?:.*/)?(?!\._)[^/]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)  # ._: macOS's
+IMAGE = re.compile(
+    rf"(?:.*/)?(?!\._)[^/]+\.(?:{'|'.join(ending[1:] for ending in sorted(ENDINGS))})", re.IGNORECASE | re.DOTALL
+)  # ._: macOS's
+
+# The label that a file beside an image holds, or None: of its name and a function that reads its bytes.
+ReadLabel = Callable[[str, Callable[[], bytes]], str | None]
+LABEL_LIMIT = 1 << 20  # bytes of such a file
 
 SMALL = 200 * 10**6  # bytes: a compressed tar below this may hold lists, which are read into memory
 LIST_LIMIT = 2**30  # bytes of lists taken from one archive: beyond it lies a decompression bomb
@@ -49,6 +57,9 @@ class Archive:
     deflated_M: bytearray = field(default_factory=bytearray)
     others: dict[str, Place | bytes] = field(default_factory=dict)  # all other files: lists, and what nobody asks for
     tars: list[tuple[str, int, int]] = field(default_factory=list)  # name, first byte, bytes of the tars in a tar
+    labels: dict[str, str] = field(
+        default_factory=dict
+    )  # of WebDataset's: what `read_label` made of files beside images
     unsafe: list[tuple[str, str]] = field(default_factory=list)  # members that are never used: name, reason
     refused: str = ""  # why nothing of it can be used, and the fix, in one line
 
@@ -79,11 +90,12 @@ class Archive:
             self.others[name] = (self.url, start, size, "deflated" if deflated else "stored")
 
 
-def index(url: str, folder: str, spool: str = "") -> Archive:
+def index(url: str, folder: str, spool: str = "", read_label: ReadLabel | None = None) -> Archive:
     """Return the members of the archive at `url`, which lies in `folder` of its tree.
 
     A tar compressed as a whole cannot be read from its middle. One of lists alone is read into memory; another is
-    decompressed once into the folder `spool`, as far as that is given, and else `refused`.
+    decompressed once into the folder `spool`, as far as that is given, and else `refused`. Small files of a tar for
+    which `read_label` returns a label fill `labels`.
     Raises InputError where the archive is damaged.
     """
     fs, path = storage.connect(url)
@@ -94,7 +106,7 @@ def index(url: str, folder: str, spool: str = "") -> Archive:
         if match["kind"].lower() == "zip":
             _index_zip(archive, file)
         elif match["kind"].lower() == "tar":
-            _index_tar(archive, file, 0, _size(fs, path))
+            _index_tar(archive, file, 0, _size(fs, path), read_label)
         elif not _read_lists(archive, file, _size(fs, path)):
             if not spool:
                 archive.refused = (
@@ -108,13 +120,13 @@ def index(url: str, folder: str, spool: str = "") -> Archive:
     return archive
 
 
-def index_inner(outer: Archive, name: str, start: int, size: int) -> Archive:
+def index_inner(outer: Archive, name: str, start: int, size: int, read_label: ReadLabel | None = None) -> Archive:
     """Return the members of the tar `name` in the tar `outer`: stretches of the outer one, too. Raises as `index`."""
     folder, _, file_name = name.rpartition("/")
     folder = "/".join(part for part in (outer.folder, folder) if part)
     archive = Archive(outer.url, folder, file_name[: -len(".tar")])
     with _reading(outer.url) as file:
-        _index_tar(archive, file, start, start + size)
+        _index_tar(archive, file, start, start + size, read_label)
     return archive
 
 
@@ -186,7 +198,7 @@ class _Blocks(io.RawIOBase):
         return len(data)
 
 
-def _index_tar(archive: Archive, file: BinaryIO, start: int, end: int) -> None:
+def _index_tar(archive: Archive, file: BinaryIO, start: int, end: int, read_label: ReadLabel | None = None) -> None:
     # The tar that fills bytes `start` to before `end` of `file`; offsets count from the start of the file.
     file.seek(start)
     with tarfile.TarFile(fileobj=file) as tar:
@@ -203,10 +215,19 @@ def _index_tar(archive: Archive, file: BinaryIO, start: int, end: int) -> None:
                 archive.tars.append((member.name.removeprefix("./"), member.offset_data, member.size))
             else:
                 archive.add(member.name, member.offset_data, member.size)
+                if read_label and member.size <= LABEL_LIMIT and not IMAGE.fullmatch(member.name):
+                    name = member.name.removeprefix("./")
+                    if (label := read_label(name, lambda m=member: _member_bytes(file, m))) is not None:  # type: ignore[misc]
+                        archive.labels[name] = label
         # It stops alike at the end mark and at bytes that make no sense.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or tar.offset >= end:
             raise EOFError(f"no end mark at byte {tar.offset:,}")
+
+
+def _member_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
 
 
 def _index_zip(archive: Archive, file: BinaryIO) -> None:

@@ -33,6 +33,7 @@ from pipeline.raw import fetch
 REJECT = 0.01  # share of unusable images at which ingest stops, by default
 SMALL_VERSION = 256  # px: short side of the smaller of the two versions in which WebVision is distributed
 IMBALANCE = 10  # times as many images in the largest class as in the smallest: worth a note
+NAMED = 10  # classes that are named
 RUN = 16  # sampled rows that stay together in Parquet, whose row groups are read whole
 MARKS = {"ok": ("✓", "green"), "note": ("•", "cyan"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 
@@ -118,7 +119,7 @@ def _of_count(split: str, count: int, published: int | None) -> Finding:
 def _of_classes(listing: Listing) -> Iterator[Finding]:
     names = listing.class_names
     train_K, probe_K = (_per_class(listing, split) for split in ("train", "probe"))
-    yield Finding("ok", f"{len(names):,} classes")
+    yield Finding("ok", f"{len(names):,} classes: {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}")
     if not train_K.all():
         fix = "check the lists, or take these classes out"
         yield Finding("warning", f"no training image of {_some_classes(names, train_K == 0)}", fix)

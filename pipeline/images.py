@@ -6,14 +6,37 @@ Shapes: H×W pixels, C = 3 channels (RGB). The content decides what a file is, w
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Those of photographs on the web. PIL knows more, of which one (EPS) would run a program on what a stranger wrote.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+# Of what PIL opens: EPS would run a program on what a stranger wrote, of the others it knows the header alone.
+_NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+Image.init()
+# All formats that the installed PIL reads and tells by their first bytes, those of photographs first.
+FORMATS = tuple(
+    dict.fromkeys(
+        name
+        for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", *Image.ID)
+        if Image.OPEN[name][1] is not None and name not in _NOT_READ
+    )
+)
+# Endings of the names of such files, in lower case, with their dot.
+ENDINGS = frozenset(
+    ending for ending, name in Image.registered_extensions().items() if name in FORMATS or name == "MPO"
+)
+# First bytes of files that people take for images, and that are not read.
+_FOREIGN = (
+    (rb"....ftyp(heic|heix|hevc|mif1|msf1)", "HEIC"),
+    (rb"\xff\x0a|....JXL ", "JPEG XL"),
+    (rb"%PDF", "PDF"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
+    (rb"(?i)\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "SVG"),
+    (rb"....ftyp|\x1a\x45\xdf\xa3", "a video"),
+)
 MIN_SIDE = 8  # px: crawls hold many counting pixels and spacers, 1×1 and the like
 MAX_PIXELS = 100_000_000  # 300 MB decoded. A larger header is a mistake or an attack
 MAX_SIDE = 65_500  # px: what a JPEG can hold
@@ -100,6 +123,8 @@ def _usable(encoded: bytes, short_side: int | None) -> Image.Image | None:
 
 def _upright(encoded: bytes, short_side: int | None) -> Image.Image | None:
     with _opened(encoded) as image:
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # which turns TIFF upright, and takes its tag away
         smaller = _shrunk(image.size, short_side)
         turn = _UPRIGHT.get(_orientation(image))
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and smaller is None and turn is None:
@@ -131,8 +156,12 @@ def _opened(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        if encoded[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        start = encoded[:200]
+        if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
             raise Rejected("a web page, not an image") from None
+        for signature, name in _FOREIGN:
+            if re.match(signature, start, re.DOTALL):
+                raise Rejected(f"{name}, a format that is not read: convert it to JPEG") from None
         raise Rejected("not an image") from None
     width, height = image.size
     if min(image.size) < MIN_SIDE:

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.archive import Place, unsafe
+from pipeline.archive import IMAGE, Place, unsafe
 from pipeline.dataset import InputError
 from pipeline.tree import Tree
 
 # One row an image. `file` is null where the image is known to be missing. `start` and `size` are bytes; size −1 is the
-# whole file; how "row" takes row `start` of the Parquet file's column of encoded images.
+# whole file; how "row" takes row `start` of a Parquet file, from its column number `size` (−1: the one of images).
 SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # stable_ids(root, key)
@@ -36,6 +36,9 @@ SCHEMA = pa.schema(
 )
 
 
+SLICE = 1 << 16  # keys held as Python's objects at once
+
+
 @dataclass(frozen=True)
 class Finding:
     """Hold one line of a check."""
@@ -43,6 +46,7 @@ class Finding:
     level: Literal["ok", "note", "warning", "error"]
     what: str
     fix: str = ""
+    files: int = 0  # that are below the given place and are not read, for this reason
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,27 @@ def settle(listing: Listing) -> Listing:
                 findings.append(
                     Finding("note", f"{shared:,} images of {split} are in {other} too", f"they stay in {other} only")
                 )
-    return replace(listing, table=table.filter(pa.array(keep_N)), findings=tuple(findings))
+    return replace(listing, table=table if keep_N.all() else table.filter(pa.array(keep_N)), findings=tuple(findings))
 
 
 def rows(root: str, split: str, keys: Sequence[str], label_N: np.ndarray, places: Sequence[Place]) -> pa.Table:
     """Return a table of SCHEMA for the N images of one split of the data set `root`."""
-    columns = [[place[column] for place in places] for column in range(4)]
-    ids = stable_ids(root, keys)
-    return pa.table([ids, list(keys), label_N.astype(np.int32), [split] * len(keys), *columns], schema=SCHEMA)
+    columns = [list(keys), *([place[column] for place in places] for column in range(4))]
+    places_N = pa.table(
+        columns, schema=pa.schema([SCHEMA.field(name) for name in ("key", "file", "start", "size", "how")])
+    )
+    return identified(places_N, root, label_N, pa.repeat(split, len(keys)))
+
+
+def identified(places: pa.Table, root: str, label_N: np.ndarray, split: pa.Array) -> pa.Table:
+    """Return a table of SCHEMA for N images of the data set `root`; `places` has key, file, start, size and how."""
+    id_N = np.empty(len(places), np.int64)
+    for first in range(0, len(places), SLICE):
+        keys = places["key"].slice(first, SLICE).to_pylist()
+        id_N[first : first + len(keys)] = stable_ids(root, keys)
+    columns = {name: places[name] for name in ("key", "file", "start", "size", "how")}
+    columns |= {"id": id_N, "label": label_N.astype(np.int32, copy=False), "split": split}
+    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
 def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) -> Listing:
@@ -146,9 +163,11 @@ def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) ->
     `others` are images that the data set's lists name, but not this listing. All folders of the tree are listed.
     """
     table = listing.table
-    there = pa.array([f"{tree.url}/{name}" for name in tree.files()], pa.string())
+    names = list(tree.walk())
+    every = pa.array([f"{tree.url}/{name}" for name in names], pa.string())
+    there = pa.array([f"{tree.url}/{name}" for name in names if IMAGE.fullmatch(name)], pa.string())
     plain = pc.and_(pc.equal(table["how"], "file"), pc.starts_with(table["file"], f"{tree.url}/"))
-    missing = pc.fill_null(pc.and_(plain, pc.invert(pc.is_in(table["file"], there))), False)
+    missing = pc.fill_null(pc.and_(plain, pc.invert(pc.is_in(table["file"], every))), False)
     file = pc.if_else(missing, pa.scalar(None, pa.string()), table["file"])
     table = table.set_column(table.schema.get_field_index("file"), "file", file)
 
@@ -163,11 +182,11 @@ def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) ->
 
 def findings_of(tree: Tree) -> tuple[Finding, ...]:
     """Return what a tree leaves out."""
-    found = [Finding("warning", line.partition(": ")[0], line.partition(": ")[2]) for line in tree.unread]
+    found = [Finding("warning", line.partition(": ")[0], line.partition(": ")[2], 1) for line in tree.unread]
     if tree.unsafe:
         name, reason = tree.unsafe[0]
         what = f"{len(tree.unsafe):,} files are never read (such as {name}: {reason})"
-        found.append(Finding("warning", what, "rename and repack them if they are wanted"))
+        found.append(Finding("warning", what, "rename and repack them if they are wanted", len(tree.unsafe)))
     return tuple(found)
 
 

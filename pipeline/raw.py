@@ -28,15 +28,19 @@ def fetch(table: pa.Table) -> Iterator[bytes | Rejected]:
     places: list[Place] = list(
         zip(*(table[name].to_pylist() for name in ("file", "start", "size", "how")), strict=True)
     )
-    from_parquet: dict[str, list[int]] = {}
-    for file, start, _, how in places:
+    from_parquet: dict[tuple[str, int], list[int]] = {}
+    for file, start, size, how in places:
         if how == "row" and file is not None:
-            from_parquet.setdefault(file, []).append(start)
-    rows = {(file, row): image for file, wanted in from_parquet.items() for row, image in _parquet_rows(file, wanted)}
+            from_parquet.setdefault((file, size), []).append(start)
+    rows = {
+        (file, row): image
+        for (file, column), wanted in from_parquet.items()
+        for row, image in _parquet_rows(file, column, wanted)
+    }
     with ThreadPoolExecutor(FETCHERS) as pool:
         for first in range(0, len(places), WINDOW):
             window = places[first : first + WINDOW]
-            yield from pool.map(lambda place: rows[place[:2]] if place[3] == "row" else _stretch(place), window)
+            yield from pool.map(lambda place: rows[place[:2]] if place[3] == "row" else read_place(place), window)
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
@@ -47,19 +51,26 @@ def image_columns(schema: pa.Schema) -> list[str]:
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
             return bool(kind.get_field_index("bytes") >= 0)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
     return [column.name for column in schema if holds_bytes(column.type)]
 
 
-def _stretch(place: Place) -> bytes | Rejected:
-    # A file, or some bytes of an archive.
+def read_place(place: Place) -> bytes | Rejected:
+    """Return the bytes of a file or of an archive's member, or why there are none.
+
+    Raises InputError for storage that cannot be used; that a link of a list is dead is that image's own matter.
+    """
     url, start, size, how = place
     if url is None:
         return Rejected("missing")
-    fs, path = storage.connect(url)
     try:
+        if how == "file" and url.startswith(("http://", "https://")):
+            return storage.read_link(url)
+        fs, path = storage.connect(url)
         raw = storage.read(fs, path) if how == "file" else storage.read(fs, path, start, start + size)
+    except storage.LinkError as error:
+        return Rejected(str(error))
     except FileNotFoundError:
         return Rejected("missing")
     if how != "deflated":
@@ -72,13 +83,14 @@ def _stretch(place: Place) -> bytes | Rejected:
     return image if inflate.eof else Rejected("cut off in its archive, or grows too large")
 
 
-def _parquet_rows(url: str, wanted: list[int]) -> Iterator[tuple[int, bytes | Rejected]]:
+def _parquet_rows(url: str, column_number: int, wanted: list[int]) -> Iterator[tuple[int, bytes | Rejected]]:
     # (row, its image) of the rows wanted of one file; each of their row groups is read once.
     fs, path = storage.connect(url)
     try:
         with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
             parquet = pq.ParquetFile(file)
-            (name,) = image_columns(parquet.schema_arrow)
+            name = parquet.schema_arrow.names[column_number] if column_number >= 0 else None
+            name = name or image_columns(parquet.schema_arrow)[0]
             left, first = sorted(set(wanted)), 0
             for number in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(number).num_rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,8 @@ def ingest(layout: Layout, url: str, options: Options, console: Console | None =
     done = job.records(options.out, made_of)
     if done:
         console.print(f"{len(done):,} of {len(tasks):,} shards are done in {options.out}", highlight=False)
-    _make(tasks, done, made_of, len(listing.class_names), options, console)
+    _make(tasks, done, made_of, listing, options, console)
+    _require_usable(tasks, done, listing)
     rejected = [each for name in tasks for each in done[name]["rejected"]]
     _write_rejected(rejected, options.out)
     index = Index(
@@ -97,6 +99,8 @@ def plan_shards(table: pa.Table) -> dict[str, pa.Table]:
     tasks: dict[str, pa.Table] = {}
     splits = table["split"].to_numpy(zero_copy_only=False)
     for split in dict.fromkeys(splits):
+        if not re.fullmatch(r"[^\W_][\w.\- ]*", split):  # it is part of files' names: nothing is written outside `out`
+            raise InputError(f"{split!r} cannot be the name of a split: rename it")
         part = table.filter(pa.array(splits == split))
         part = part.take(pa.array(_shuffled(part)))
         count = -(-len(part) // SHARD_ROWS)
@@ -127,7 +131,12 @@ def _digest(tasks: dict[str, pa.Table], listing: Listing, layout: Layout, option
 
 
 def _make(
-    tasks: dict[str, pa.Table], done: dict[str, Record], made_of: str, classes: int, options: Options, console: Console
+    tasks: dict[str, pa.Table],
+    done: dict[str, Record],
+    made_of: str,
+    listing: Listing,
+    options: Options,
+    console: Console,
 ) -> None:
     """Make the shards that are not `done`, and add their records; raises InputError once too many were rejected."""
     total, before = sum(map(len, tasks.values())), sum(record["listed"] for record in done.values())
@@ -138,12 +147,16 @@ def _make(
     ]
     if not left:
         return
+    # What is small and must be whole comes first: it is told in minutes that a class has lost its trusted images.
+    left.sort(key=lambda task: task["split"][0].as_py() == "train")
     with JobProgress(total, before, console) as progress:
-        for record in job.make(left, make_shard, (options.out, options.short_side, made_of, classes)):
+        for record in job.make(left, make_shard, (options.out, options.short_side, made_of, len(listing.class_names))):
             done[record["name"]] = record
             rejected += record["rejected"]
             progress.advance(record["listed"], f"{len(rejected):,} rejected")
             _require_few(rejected, total, options)
+            if not record["name"].startswith("train-"):
+                _require_usable(tasks, done, listing)
 
 
 def _require_few(rejected: list[dict[str, Any]], total: int, options: Options) -> None:
@@ -153,6 +166,26 @@ def _require_few(rejected: list[dict[str, Any]], total: int, options: Options) -
             f"{len(rejected):,} of {total:,} images cannot be used, more than {options.reject:.1%}: {some}: "
             "fix the data or raise --reject; finished shards are kept"
         )
+
+
+def _require_usable(tasks: dict[str, pa.Table], done: dict[str, Record], listing: Listing) -> None:
+    # Raise where a split that is done has no image left, or the probe none of some class.
+    for split in listing.splits:
+        names = [name for name in tasks if re.fullmatch(rf"{re.escape(split)}-[0-9]+-of-[0-9]+.parquet", name)]
+        if not all(name in done for name in names):
+            continue
+        per_class = [done[name]["shard"]["per_class"] for name in names if done[name]["shard"]]
+        counts_K = np.sum(per_class, axis=0) if per_class else np.zeros(len(listing.class_names))
+        lost = [name for name, count in zip(listing.class_names, counts_K, strict=True) if not count]
+        some = [each for name in names for each in done[name]["rejected"]][:EXAMPLES]
+        reasons = ", ".join(f"{each['key']} ({each['reason']})" for each in some)
+        if not per_class:
+            raise InputError(f"no image of {split} can be used: {reasons}: copy them again; finished shards are kept")
+        if split == "probe" and lost:
+            raise InputError(
+                f"no trusted image of {', '.join(lost[:EXAMPLES])} can be used: {reasons}: "
+                "copy them again, or give others; finished shards are kept"
+            )
 
 
 def make_shard(task: pa.Table, out: str, short_side: int, made_of: str, classes: int) -> pa.Table:

@@ -30,6 +30,10 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between tries: doubled each time
 # folder in a bucket that is not there would make the bucket.)
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az"}
 
+# A server that hangs is given up after a minute.
+_PATIENCE = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=60, sock_connect=20)}}
+_HTTP: dict[str, dict[str, Any]] = {"http": _PATIENCE, "https": _PATIENCE}
+
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 _TRANSIENT_ERRNO = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH}
 _TRANSIENT_TYPES = (
@@ -43,6 +47,11 @@ _TRANSIENT_TYPES = (
 
 Result = TypeVar("Result")
 
+
+class LinkError(Exception):
+    """Say why there is nothing at a link, in a few words."""
+
+
 # gcsfs logs a traceback for each failure that it raises: whoever catches it reports it once.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
@@ -55,9 +64,15 @@ def connect(url: str) -> tuple[Any, str]:
     """
     if not url:
         raise InputError("no path is given: give a local path or a URL such as gs://bucket/folder")
+    protocol = url.partition("://")[0] if "://" in url else "file"
     try:
         # No cache of listings: other processes write here too.
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        if "::" in protocol:
+            fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)  # several, each within the next
+        else:  # url_to_fs would take a name that holds "::" for such a chain
+            kind = fsspec.get_filesystem_class(protocol)
+            fs = kind(use_listings_cache=False, **kind._get_kwargs_from_urls(url), **_HTTP.get(protocol, {}))
+            path = kind._strip_protocol(url)
     except ImportError as error:
         raise InputError(f"cannot open {_shown(url)}, its driver is missing: {str(error).splitlines()[0]}") from None
     except Exception as error:  # drivers raise what they like
@@ -81,6 +96,17 @@ def join(url: str, name: str) -> str:
 def read(fs: Any, path: str, start: int | None = None, end: int | None = None) -> bytes:
     """Return the bytes of a file, or those from `start` to before `end`. Raises as `attempt` does."""
     return attempt(fs, path, lambda: fs.cat_file(path, start=start, end=end))
+
+
+def read_link(url: str) -> bytes:
+    """Return what is at an http(s) URL. Raises LinkError where the last of several tries brings nothing."""
+    fs, path = connect(url)
+    try:
+        return _again(lambda: bytes(fs.cat_file(path)))
+    except FileNotFoundError:
+        raise LinkError("missing") from None
+    except Exception as error:  # drivers raise what they like
+        raise LinkError(_reason(error)) from None
 
 
 def exists(fs: Any, path: str) -> bool:
@@ -126,14 +152,8 @@ def attempt(fs: Any, path: str, act: Callable[[], Result]) -> Result:
     Raises FileNotFoundError at once where the file is missing, InputError at once where no other try would help (no
     such bucket, no permission, a folder in place of a file, a full disk), and ConnectionError after the last try.
     """
-    again = Retrying(
-        retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(TRIES),
-        wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
-        reraise=True,
-    )
     try:
-        return again(act)
+        return _again(act)
     except FileNotFoundError:
         if is_object_store(fs):
             _require_bucket(fs, path)
@@ -147,6 +167,16 @@ def attempt(fs: Any, path: str, act: Callable[[], Result]) -> Result:
                 f"{place} could not be reached in {TRIES} tries ({_reason(error)}): check the network, then run again"
             ) from None
         raise InputError(f"cannot use {place} ({_reason(error)}): {_mend(error)}") from None
+
+
+def _again(act: Callable[[], Result]) -> Result:
+    again = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
+        reraise=True,
+    )
+    return again(act)
 
 
 def _land(fs: Any, path: str, upload: Callable[[str], None]) -> None:

@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.archive import ARCHIVE, IMAGE, LIST_LIMIT, Archive, Place, index, index_inner, unsafe
+from pipeline.archive import ARCHIVE, IMAGE, LIST_LIMIT, Archive, Place, ReadLabel, index, index_inner, unsafe
 from pipeline.dataset import InputError
 
 MISSING: Place = (None, 0, -1, "file")
 
 LISTINGS, INDEXERS = 32, 8  # threads
 LEADING = 3  # folders that a packer may have put before the names that lists use
+# What a disk station, an archiver or a desktop leaves behind.
+TOOLS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+TOOLS |= {"Thumbs.db", "desktop.ini", "__pycache__"}
 SAMPLE = 500  # members that tell how an archive's names map to keys
 
 
@@ -35,12 +38,15 @@ class Tree:
     unread: list[str]  # archives that cannot be used, one line each, with the fix
     fs: Any = field(repr=False)
     path: str = field(repr=False)
+    names: tuple[str, ...] = field(default=(), repr=False)  # of a whole tree: all plain files
+    folders: tuple[str, ...] = field(default=(), repr=False)  # of a whole tree: all folders
 
     @staticmethod
-    def open(url: str, *, spool: str = "") -> Tree:
+    def open(url: str, *, spool: str = "", whole: bool = False, read_label: ReadLabel | None = None) -> Tree:
         """Return the tree at `url`: a folder, whose archives and those one folder below are indexed; or an archive
         itself.
 
+        A `whole` one has its files and folders listed, and archives at any depth indexed but for hidden ones.
         A compressed tar of images is decompressed once into the folder `spool`, or noted in `unread` without one.
         Raises InputError for a missing or damaged place, and where `url` itself is an archive that cannot be used.
         """
@@ -54,17 +60,28 @@ class Tree:
         if not is_folder and not ARCHIVE.fullmatch(path.rpartition("/")[2]):
             raise InputError(f"{url} is no folder and no .tar, .tar.gz, .tgz or .zip: check the path")
         tree = Tree(url, is_folder, (), [], [], fs, path)
-        names = list(tree._archive_names()) if is_folder else [""]
+        files: list[str] = []
+        folders: list[str] = []
+        if not is_folder:
+            names = [""]
+        elif whole:
+            files = list(tree.walk(folders=folders))
+            names = [name for name in files if ARCHIVE.fullmatch(name.rpartition("/")[2]) and not hidden(name)]
+        else:
+            names = list(tree._archive_names())
         with ThreadPoolExecutor(INDEXERS) as pool:
-            outer = list(pool.map(lambda n: index(f"{url}/{n}" if n else url, n.rpartition("/")[0], spool), names))
-            inner = list(pool.map(lambda job: index_inner(*job), [(one, *tar) for one in outer for tar in one.tars]))
+            homes = [(f"{url}/{name}" if name else url, name.rpartition("/")[0]) for name in names]
+            outer = list(pool.map(lambda home: index(home[0], home[1], spool, read_label), homes))
+            tars = [(one, *tar) for one in outer for tar in one.tars]
+            inner = list(pool.map(lambda tar: index_inner(tar[0], tar[1], tar[2], tar[3], read_label), tars))
         for archive in (*outer, *inner):
             where = archive.url.rpartition("/")[2]
             tree.unsafe.extend((f"{where}: {name}", reason) for name, reason in archive.unsafe)
         tree.unread.extend(archive.refused for archive in outer if archive.refused)
         if tree.unread and not is_folder:
             raise InputError(tree.unread[0])
-        return Tree(url, is_folder, (*outer, *inner), tree.unsafe, tree.unread, fs, path)
+        listed = tuple(files), tuple(folders)
+        return Tree(url, is_folder, (*outer, *inner), tree.unsafe, tree.unread, fs, path, *listed)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a list: a plain file, or a member of an archive with up to three folders before `name`.
@@ -123,26 +140,31 @@ class Tree:
                     yield lead + name
 
     def files(self, *under: str) -> Iterator[str]:
-        """Return the names of the plain image files; folders are listed in parallel, level by level, so that the order
-        is fixed.
+        """Return the names of the plain image files, in the order of `walk`."""
+        return filter(IMAGE.fullmatch, self.walk(*under))
+
+    def walk(self, *under: str, folders: list[str] | None = None) -> Iterator[str]:
+        """Return the names of all plain files; folders are listed in parallel, level by level, so that the order is
+        fixed, and their names are added to `folders`.
 
         Names that are not UTF-8 go to `unsafe`. A folder of `under` that is not there has no files.
         """
-        folders = [storage.join(self.path, name) for name in under] or [self.path]
+        level = [storage.join(self.path, name) for name in under] or [self.path]
         with ThreadPoolExecutor(LISTINGS) as pool:
-            while folders and self.is_folder:
+            while level and self.is_folder:
                 below: list[str] = []
-                for entries in pool.map(self._list, folders):
+                for entries in pool.map(self._list, level):
                     for path, is_folder in entries:
                         name = self._name(path)
                         if is_folder:
                             below.append(path)
-                        elif IMAGE.fullmatch(name):
-                            if reason := unsafe(name):
-                                self.unsafe.append((ascii(name), reason))
-                            else:
-                                yield name
-                folders = below
+                            if folders is not None:
+                                folders.append(name)
+                        elif reason := unsafe(name):
+                            self.unsafe.append((ascii(name), reason))
+                        else:
+                            yield name
+                level = below
 
     def _name(self, path: str) -> str:
         return path[len(self.path.rstrip("/")) + 1 :]
@@ -207,6 +229,11 @@ class Tree:
             for name in own.keys() & (wanted - found.keys()):
                 found[name] = archive.place(own[name])
         return found
+
+
+def hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it is in, is one that people do not see, or a tool's own."""
+    return any(part.startswith(".") or part in TOOLS for part in name.split("/"))
 
 
 def absolute(url: str) -> str:

@@ -19,7 +19,7 @@ from pipeline.custom import Custom, images_at
 from pipeline.dataset import InputError, Source
 from pipeline.images import Rejected, decode, read_image
 from pipeline.index import NAME, Shards, read_index
-from pipeline.layout import rows
+from pipeline.layout import identified, stable_ids
 from pipeline.raw import fetch
 from pipeline.views import fitted
 
@@ -57,15 +57,19 @@ def open_images(url: str, split: str, short_side: int) -> Images:
         return Images(table, partial(_read_shards, shards=shards), shards.digest, index.class_names)
     if split:
         raise InputError(f"{url} holds no shards, so it has no {split} set: leave --split out")
-    keys, places = images_at(url)
-    place_of = dict(zip(keys, places, strict=True))  # what is listed twice is one image
-    if not place_of:
+    found = images_at(url)
+    if not len(found):
         raise InputError(f"no images in {url}: give shards, a folder or archive of images, a .csv or .parquet")
-    table = rows(Custom.name, "", list(place_of), np.full(len(place_of), -1), list(place_of.values()))
+    # What is listed twice is one image.
+    first_N = np.sort(np.unique(stable_ids(Custom.name, found["key"].to_pylist()), return_index=True)[1])
+    table = identified(
+        found.take(pa.array(first_N)), Custom.name, np.full(len(first_N), -1), pa.repeat("", len(first_N))
+    )
     digest = hashlib.sha256(f"{short_side}".encode())
-    for item in place_of.items():
+    for item in zip(*(table[name].to_pylist() for name in ("key", "file", "start", "size", "how")), strict=True):
         digest.update(repr(item).encode())
-    return Images(table, partial(_read_files, short_side=short_side), digest.hexdigest())
+    digest_of_rows = digest.hexdigest()
+    return Images(table, partial(_read_files, short_side=short_side), digest_of_rows)
 
 
 def views_of(some: pa.Table, read: Reader, source: Source) -> dict[str, np.ndarray]:

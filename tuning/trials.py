@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,8 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=min(10, max(sweep.trials // 4, 1)), constant_liar=True, seed=sweep.recipe.seed
         )
+        # A trial that goes on after a stop may report once more the cycle at whose end it was stopped.
+        warnings.filterwarnings("ignore", "The reported value is ignored because this `step=", UserWarning)
         algorithm = OptunaSearch(metric=sweep.metric, mode="max", points_to_evaluate=points, sampler=sampler)
     elif sweep.algorithm == "grid":
         algorithm = BasicVariantGenerator()

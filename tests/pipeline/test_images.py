@@ -121,14 +121,18 @@ def test_cmyk_and_ycck_become_rgb():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("short_side", [256, 32])
-def test_turned_images_become_upright(orientation, short_side):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_turned_images_become_upright(orientation, short_side, kind):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    encoded = saved(photo(80, 128), exif=exif.tobytes(), quality=95)
-    upright = ImageOps.exif_transpose(opened(encoded))
+    encoded = saved(photo(80, 128), kind, exif=exif.tobytes(), quality=95)
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.load()  # PIL turns TIFF at this point by itself, and only TIFF
+        upright = ImageOps.exif_transpose(image)
+    assert upright.size == ((128, 80) if orientation < 5 else (80, 128))
     if short_side == 32:
         upright = upright.resize((51, 32) if upright.width == 128 else (32, 51), Image.Resampling.LANCZOS)
-    assert_stored(check_image(encoded, short_side), np.asarray(upright), tolerance=3)
+    assert_stored(check_image(encoded, short_side), np.asarray(upright.convert("RGB")), tolerance=3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -175,7 +179,14 @@ REJECTED = {
     "zero bytes": (b"", "^empty$"),
     "web page": (b"\n<!DOCTYPE html><html><body>404 Not Found</body></html>", "^a web page, not an image$"),
     "text": (b"Not Found", "^not an image$"),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage", "^not an image$"),
+    "program": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage",
+        "^EPS, a format that is not read",
+    ),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(30), "^HEIC, a format that is not read: convert it to JPEG$"),
+    "jpeg xl": (b"\0\0\0\x0cJXL \r\n\x87\n", "^JPEG XL, a format"),
+    "svg": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "^SVG, a format"),
+    "video": (b"\0\0\0\x18ftypisom" + bytes(30), "^a video, a format"),
     "noise": (np.random.default_rng(0).bytes(5000), "^not an image$"),
     "bomb": (png_header(60_000, 60_000), "^larger than 100,000,000 pixels$"),
     "just over the limit": (png_header(10_000, 10_001), "^larger than 100,000,000 pixels$"),

@@ -1,3 +1,5 @@
+import http.server
+import threading
 import zlib
 
 import pyarrow as pa
@@ -50,6 +52,45 @@ def test_bytes_come_in_order_from_wherever_they_are(folder):
         b"stored", b"whole", "missing", b"packed" * 100, "missing", "damaged in its archive",
         "cut off in its archive, or grows too large",
     ]  # fmt: skip
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """What servers answer to /STATUS and /image."""
+
+    def do_GET(self) -> None:
+        status = {"image": 200, "page": 200, "moved": 302}.get(self.path[1:]) or int(self.path[1:])
+        body = b"<!DOCTYPE html><html>gone</html>" if self.path == "/page" else b"bytes"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 302:
+            self.send_header("Location", "/image")
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_dead_link_is_the_matter_of_its_own_image(server, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    paths = ("image", "404", "403", "410", "500", "page", "moved")
+    links = [(f"{server}/{path}", 0, -1, "file") for path in paths]
+    dead = [("http://127.0.0.1:9/none", 0, -1, "file"), ("https://[bad/none", 0, -1, "file")]
+    found = said(listed(*links, *dead))
+    assert found[:7] == [
+        b"bytes", "missing", "permission denied", "HTTP 410", "HTTP 500", b"<!DOCTYPE html><html>gone</html>", b"bytes",
+    ]  # fmt: skip
+    assert all(isinstance(reason, str) and len(reason) < 60 for reason in found[7:])
 
 
 def test_a_member_that_grows_without_end_is_cut_off(tmp_path, monkeypatch):

@@ -172,6 +172,36 @@ def test_too_many_unusable_images_stop_the_run_and_finished_shards_stay(raw, tmp
     assert index.rejected == 10
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (range(1, 9, 3), r"no trusted image of b can be used: probe/1, ü.jpg \(not an image\), .*: copy them again"),
+        (range(9), "no trusted image|no image of probe can be used"),
+    ],
+)
+def test_a_class_that_loses_its_trusted_images_stops_the_run(raw, tmp_path, local_ray, lost, message):
+    for number in lost:
+        storage.write(*storage.connect(f"{raw}/probe/{number}, ü.jpg"), b"no image")
+    with pytest.raises(InputError, match=message):
+        ingest(Folder(), raw, Options(f"{tmp_path}/out", reject=0.5), quiet())
+    with pytest.raises(InputError, match=r"no index\.json"):
+        read_index(f"{tmp_path}/out")
+
+
+def test_a_split_that_loses_all_images_stops_the_run(raw, tmp_path, local_ray):
+    for number in range(SPLITS["test"]):
+        storage.write(*storage.connect(f"{raw}/test/{number}, ü.jpg"), b"")
+    with pytest.raises(InputError, match=r"no image of test can be used: test/.*\(empty\)"):
+        ingest(Folder(), raw, Options(f"{tmp_path}/out", reject=0.9), quiet())
+
+
+@pytest.mark.parametrize("split", ["../up", "a/b", ".hidden", "", "n\0l"])
+def test_no_shard_is_named_to_lie_elsewhere(split):
+    table = rows("folder", split, ["1.jpg"], np.zeros(1), [("x/1.jpg", 0, -1, "file")])
+    with pytest.raises(InputError, match="cannot be the name of a split"):
+        plan_shards(table)
+
+
 def test_killed_anywhere_the_same_command_goes_on(raw, tmp_path, local_ray, monkeypatch):
     whole = ingest(Folder(), raw, Options(f"{tmp_path}/whole"), quiet())
     out = f"{tmp_path}/out"

@@ -86,6 +86,16 @@ def test_what_is_written_is_read(folder, tmp_path):
         storage.read(fs, path + "x")
 
 
+@pytest.mark.parametrize("name", ["a::b.bin", "memory::c", "x[1]*?.bin", "~home", "{a,b}", "a%20b", "c#d"])
+def test_a_local_name_is_what_it_is(tmp_path, name):
+    (tmp_path / name).write_bytes(b"here")
+    fs, path = storage.connect(f"{tmp_path}/{name}")
+    assert storage.read(fs, path) == b"here"
+    storage.write(fs, path, b"anew")
+    assert (tmp_path / name).read_bytes() == b"anew"
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
 def test_a_writable_folder_is_left_as_it_was(folder):
     storage.require_writable(folder)
     fs, path = storage.connect(folder)

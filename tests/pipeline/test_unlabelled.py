@@ -125,6 +125,15 @@ def test_an_unusable_image_has_a_reason_and_no_view(folder):
     assert [bool(view.any()) for view in found["image"]] == [False, False, True]
 
 
+@pytest.mark.parametrize("ids", [[0, 1], [7, 7]])
+def test_every_row_of_parquet_is_an_image_whatever_its_id(tmp_path, ids):
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"id": ids, "photo": list(FILES.values())[:2]}), tmp_path / f"{name}.parquet")
+    keys = open_images(str(tmp_path), "", 0).rows["key"].to_pylist()
+    own = [0, 1]  # ids where they differ within a file, else numbers of rows
+    assert sorted(keys) == sorted(f"{name}.parquet:{row}" for name in ("a", "b") for row in own)
+
+
 def test_rows_without_a_name_are_refused(tmp_path):
     (tmp_path / "list.csv").write_text("uri,label\na.jpg,1\n,2\n")
     with pytest.raises(InputError, match=r"list.csv, line 3: no uri: fill it in"):
