@@ -215,19 +215,22 @@ def _index_tar(archive: Archive, file: BinaryIO, start: int, end: int, read_labe
                 archive.tars.append((member.name.removeprefix("./"), member.offset_data, member.size))
             else:
                 archive.add(member.name, member.offset_data, member.size)
-                if read_label and member.size <= LABEL_LIMIT and not IMAGE.fullmatch(member.name):
-                    name = member.name.removeprefix("./")
-                    if (label := read_label(name, lambda m=member: _member_bytes(file, m))) is not None:  # type: ignore[misc]
-                        archive.labels[name] = label
+                if read_label and member.size <= LABEL_LIMIT:
+                    _read_label(archive, file, member, read_label)
         # It stops alike at the end mark and at bytes that make no sense.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or tar.offset >= end:
             raise EOFError(f"no end mark at byte {tar.offset:,}")
 
 
-def _member_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
+def _read_label(archive: Archive, file: BinaryIO, member: tarfile.TarInfo, read_label: ReadLabel) -> None:
+    def data() -> bytes:
+        file.seek(member.offset_data)
+        return file.read(member.size)
+
+    name = member.name.removeprefix("./")
+    if name in archive.others and (label := read_label(name, data)) is not None:
+        archive.labels[name] = label
 
 
 def _index_zip(archive: Archive, file: BinaryIO) -> None:

@@ -11,46 +11,24 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import folders, storage, tables, webdataset
-from pipeline.archive import IMAGE, Place
+from pipeline import folders, tables
+from pipeline.archive import IMAGE
 from pipeline.dataset import InputError
-from pipeline.layout import SCHEMA, Finding, Layout, Listing, identified, looked_around, settle, text_of
-from pipeline.tables import Columns, Table
-from pipeline.tree import MISSING, Tree, absolute, hidden
+from pipeline.gathering import PLACE, Part, gather
+from pipeline.layout import Finding, Layout, Listing, identified, looked_around, settle, text_of
+from pipeline.tables import Columns
+from pipeline.tree import Tree, absolute, hidden
 
-SAMPLED = 8  # rows of a table whose images are looked for, to tell how it names them
-_PLACE = [SCHEMA.field(name) for name in ("key", "file", "start", "size", "how")]
-PART = pa.schema([*_PLACE, ("label", pa.dictionary(pa.int32(), pa.string())), ("split", pa.string())])
 _WHOLE = re.compile("(0|[1-9][0-9]*)(?:[.]0+)?")  # as text; 007 and +1 are names
-
-
-@dataclass(frozen=True)
-class Part:
-    """Hold the images of one file, or of a tree of folders, by PART; label and split are null where not asked for."""
-
-    where: str
-    rows: pa.Table
-    class_names: tuple[str, ...] = ()  # in the order of their numbers, where the file gives them
-    names_only: bool = False  # whether labels are names even where they look like numbers
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Hold all that is at a place."""
-
-    parts: tuple[Part, ...]
-    findings: tuple[Finding, ...] = ()
-    home: str = ""  # URL of the folder where files would be that no table names; "" where all were seen
-    unlisted: int = -1
+_NEGATIVE = re.compile("-[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -112,235 +90,7 @@ def images_at(url: str) -> pa.Table:
     Raises InputError for what cannot be read.
     """
     found = gather(absolute(url), Columns(), labelled=False)
-    return pa.concat_tables([part.rows.select([one.name for one in _PLACE]) for part in found.parts])
-
-
-def gather(url: str, columns: Columns, *, labelled: bool = True, used: Collection[str] = ()) -> Gathered:
-    """Return the images at `url`, with what was found on the way; files at the URLs `used` are read elsewhere.
-
-    Raises InputError as Custom.listing does.
-    """
-    fs, path = storage.connect(url)
-    if path.lower().endswith((".csv", ".tsv")):
-        home = url.rpartition("/")[0]
-        return _of_tables([tables.read_csv(url, columns, labelled=labelled)], home, ["train"])
-    if path.lower().endswith(".parquet"):
-        home = url.rpartition("/")[0]
-        return _of_tables([tables.read_parquet(url, columns, labelled=labelled)], home, ["train"])
-    read_label = webdataset.label_reader(columns.label)
-    if re.search(r"\{.*\}", url) and not storage.exists(fs, path):
-        trees = [Tree.open(one, whole=True, read_label=read_label) for one in _braces(url)]
-    else:
-        trees = [Tree.open(url, whole=True, read_label=read_label)]
-    names = [name for name in trees[0].names if name.lower().endswith(".parquet") and not _passed_over(name)]
-    if names:
-        return _of_parquet_tree(trees[0], names, columns, used, labelled=labelled)
-    if labelled and any(vars(replace(columns, label="")).values()):
-        raise InputError(f"{url} has no table, so it has no columns: leave the flags of columns out")
-    return _of_trees(url, trees, columns, used, labelled=labelled)
-
-
-# ---- folders, archives and WebDataset --------------------------------------------------------------------------------
-
-
-def _of_trees(url: str, trees: Sequence[Tree], columns: Columns, used: Collection[str], *, labelled: bool) -> Gathered:
-    images: dict[str, Place] = {}
-    findings = []
-    for tree in trees:
-        found, more = folders.images_of(tree, used)
-        images |= found
-        findings += more
-    if not images:
-        raise InputError(
-            f"no images in {url}: give a folder with a folder of images a class, a .csv or .parquet"
-            f"{''.join(f' ({finding.what})' for finding in findings[:1])}"
-        )
-    if not labelled:
-        return Gathered((_part(url, list(images), list(images.values())),), tuple(findings))
-    archives = [archive for tree in trees for archive in tree.archives]
-    if webdataset.is_webdataset(archives, columns.label):
-        labelled_ones = webdataset.samples(archives, columns.label)
-        strays = sorted(images.keys() - set(labelled_ones.names))
-        if strays:
-            what = f"{len(strays):,} images are in no tar with labels ({strays[0]})"
-            findings.append(Finding("warning", what, "left out; add them if they are wanted", len(strays)))
-    elif columns.label:
-        raise InputError(f"{url} has no table and no .json beside its images: leave --label-column out")
-    else:
-        if cls := next((name for tree in trees for name in tree.names if name.lower().endswith(".cls")), None):
-            raise InputError(f"{url} has labels in .cls files ({cls}): pack them with their images into tars")
-        tree = trees[0]
-        others = [name for name in tree.names if not IMAGE.fullmatch(name) and not hidden(name)]
-        labelled_ones = folders.classes_of(url, images, tree.folders, others)
-    findings += labelled_ones.findings
-    part = _part(url, labelled_ones.names, labelled_ones.places, labelled_ones.labels, labelled_ones.splits)
-    part = replace(part, names_only=not webdataset.is_webdataset(archives, columns.label))
-    return Gathered((part,), tuple(findings), unlisted=0)
-
-
-def _part(
-    where: str,
-    keys: list[str],
-    places: list[Place],
-    labels: Sequence[str | None] = (),
-    splits: Sequence[str | None] = (),
-) -> Part:
-    columns = [pa.array([place[column] for place in places], _PLACE[column + 1].type) for column in range(4)]
-    label = pa.array(labels or [None] * len(keys), pa.string()).dictionary_encode()
-    split = pa.array(splits or [None] * len(keys), pa.string())
-    return Part(where, pa.table([pa.array(keys, pa.string()), *columns, label, split], schema=PART))
-
-
-def _braces(url: str) -> list[str]:
-    # The URLs that {000..012} and {a,b} in one stand for.
-    match = re.search(r"\{([^{}]*)\}", url)
-    if match is None:
-        return [url]
-    if numbers := re.fullmatch("([0-9]+)[.][.]([0-9]+)", match[1]):
-        first, last = int(numbers[1]), int(numbers[2])
-        parts = [f"{number:0{len(numbers[1])}}" for number in range(first, last + 1)]
-    else:
-        parts = match[1].split(",")
-    return [one for part in parts for one in _braces(url[: match.start()] + part + url[match.end() :])]
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _of_parquet_tree(
-    tree: Tree, names: Sequence[str], columns: Columns, used: Collection[str], *, labelled: bool
-) -> Gathered:
-    given = [dict(part.split("=", 1) for part in name.split("/")[:-1] if "=" in part) for name in names]
-    given = [{key: unquote(value) for key, value in one.items()} for one in given]
-    some = [
-        tables.read_parquet(f"{tree.url}/{name}", columns, one, labelled=labelled)
-        for name, one in zip(names, given, strict=True)
-    ]
-    if labelled:
-        # What a column says need not be told from names.
-        silent = [name for name, table in zip(names, some, strict=True) if table.split is None]
-        said = dict(zip(silent, webdataset.of_files([name.rpartition(".")[0] for name in silent]), strict=True))
-        defaults = [said.get(name, "train") for name in names]
-    else:
-        defaults = ["train"] * len(names)
-    found = _of_tables(some, tree.url, defaults)
-    if all(table.path is None for table in some):
-        others = [name for name in tree.names if name not in set(names) and f"{tree.url}/{name}" not in used]
-        images = [name for name in others if IMAGE.fullmatch(name) and not hidden(name)]
-        what = f"{len(images):,} images are in no table (such as {images[0]})" if images else ""
-        more = [Finding("warning", what, "left out: the labels are those of the Parquet files", len(images))] * bool(
-            images
-        )
-        more += folders.unread([name for name in others if name not in set(images)])
-        return replace(found, findings=(*found.findings, *more), home="", unlisted=0)
-    return found
-
-
-def _of_tables(some: Sequence[Table], home: str, defaults: Sequence[str]) -> Gathered:
-    apart = _shared_ids(some) or len({table.url.rpartition("/")[2] for table in some}) < len(some)
-    parts = [_of_table(table, home, default, apart=apart) for table, default in zip(some, defaults, strict=True)]
-    parts, findings = _as_named(parts, home)
-    named = any(table.path is not None for table in some)
-    findings = [*(finding for table in some for finding in table.findings), *findings]
-    return Gathered(tuple(parts), tuple(findings), home if named else "", -1 if named else 0)
-
-
-def _shared_ids(some: Sequence[Table]) -> bool:
-    # Whether an id of one file is in another one too: then ids are told apart by their file.
-    ids = [table.id for table in some if table.id is not None and table.path is None]
-    if len(ids) < 2:
-        return False
-    return len(pc.unique(pa.chunked_array(ids))) < sum(len(pc.unique(one)) for one in ids)
-
-
-def _of_table(table: Table, home: str, default: str, *, apart: bool) -> Part:
-    # With images told apart by the path of their file, where its name or their ids do not.
-    count = table.count
-    parent, _, file = table.url.rpartition("/")
-    if table.path is None:
-        numbers = pa.array(np.arange(count))
-        keys = table.id
-        within = table.url[len(home) + 1 :] if apart else file
-        if keys is None or (table.label is None and len(pc.unique(keys)) < count):
-            keys = pc.binary_join_element_wise(f"{within}:", numbers.cast(pa.string()), "")
-        elif len(pc.unique(keys)) < count:
-            raise InputError(
-                f"{table.url} has ids twice ({_twice(keys)}): give each image its own, or choose --id-column"
-            )
-        elif apart:
-            keys = pc.binary_join_element_wise(f"{within}:", keys, "")
-        files, column, how = pa.repeat(table.url, count), table.column, "row"
-    else:
-        keys, files = tables.located(table.path, parent, home)
-        keys = table.id if table.id is not None else keys
-        numbers, column, how = pa.repeat(pa.scalar(0, pa.int64()), count), -1, "file"
-    split = pa.repeat(default, count) if table.split is None else pc.fill_null(table.split, default)
-    if table.trusted is not None:
-        split = pc.if_else(pc.and_(table.trusted, pc.equal(split, "train")), "probe", split)
-    label = pa.nulls(count, PART.field("label").type) if table.label is None else table.label
-    size, hows = pa.repeat(pa.scalar(column, pa.int64()), count), pa.repeat(how, count)
-    rows = pa.table([keys, files, numbers, size, hows, label, split], schema=PART)
-    return Part(table.url, rows, table.class_names)
-
-
-def _twice(keys: pa.Array) -> str:
-    counts = pc.value_counts(keys)
-    return str(counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0])
-
-
-def _as_named(parts: Sequence[Part], home: str) -> tuple[list[Part], list[Finding]]:
-    """Return the parts with images where they are, if tables name them as Windows does, or as members of archives.
-
-    Of each table some images are looked for; those that are there need nothing else.
-    """
-    done, findings = [], []
-    for part in parts:
-        rows = part.rows
-        some = rows.take(pa.array(np.unique(np.linspace(0, len(rows) - 1, SAMPLED).astype(int)))) if len(rows) else rows
-        here = [row["file"] for row in some.to_pylist() if row["how"] == "file" and _is_here(row["file"], home)]
-        missing = [file for file in here if not storage.exists(*storage.connect(file))]
-        if missing and (drive := next((one for one in missing if re.search(r"(^|/)[A-Za-z]:\\", one)), None)):
-            raise InputError(
-                f"{part.where} names {drive.rpartition('/')[2]}, a path of another machine: "
-                "write paths relative to the table"
-            )
-        if any("\\" in name for name in missing) and storage.exists(
-            *storage.connect(next(name for name in missing if "\\" in name).replace("\\", "/"))
-        ):
-            columns = [pc.replace_substring(rows[name], "\\", "/") for name in ("key", "file")]
-            rows = rows.set_column(0, PART.field("key"), columns[0]).set_column(1, PART.field("file"), columns[1])
-            findings.append(
-                Finding("note", f"{part.where} separates folders by backslashes", "they are read as slashes")
-            )
-        elif missing:
-            rows = _from_archives(rows, home)
-        done.append(replace(part, rows=rows))
-    return done, findings
-
-
-def _is_here(file: str, home: str) -> bool:
-    # Whether a file is where the table is, or on this machine.
-    return "://" not in file or file.startswith(f"{home}/")
-
-
-def _from_archives(rows: pa.Table, home: str) -> pa.Table:
-    # Images that lie in archives beside the table are taken from there.
-    tree = Tree.open(home)
-    if not tree.archives or pc.any(pc.not_equal(rows["how"], "file")).as_py():
-        return rows
-    places = tree.places(rows["key"].to_pylist())
-    kept = rows["file"].to_pylist()
-    places = [
-        (file, 0, -1, "file") if place is MISSING or place[3] == "file" else place
-        for place, file in zip(places, kept, strict=True)
-    ]
-    columns = [pa.array([place[column] for place in places], _PLACE[column + 1].type) for column in range(4)]
-    return pa.table([rows["key"], *columns, rows["label"], rows["split"]], schema=PART)
-
-
-def _passed_over(name: str) -> bool:
-    # As Spark does: _SUCCESS, _metadata and what is being written.
-    return hidden(name) or any(part.startswith("_") for part in name.split("/"))
+    return pa.concat_tables([part.rows.select([one.name for one in PLACE]) for part in found.parts])
 
 
 def _with_neighbours(listing: Listing, home: str) -> Listing:
@@ -359,39 +109,34 @@ def _with_neighbours(listing: Listing, home: str) -> Listing:
 
 def _classes(parts: Sequence[Part], labels: pa.ChunkedArray, url: str) -> tuple[tuple[str, ...], np.ndarray]:
     # Class names, and the label (int32) of each image.
-    given = {part.class_names for part in parts}
+    given = {part.class_names: part.where for part in parts}
     if len(given) > 1:
-        one, other = (next(part.where for part in parts if part.class_names == names) for names in sorted(given)[:2])
-        raise InputError(f"{one} and {other} give their classes other names: make them agree")
-    kinds = {_numbered(part): part.where for part in parts if len(part.rows)}
-    if len(kinds) > 1:
-        raise InputError(f"{kinds[True]} has numbers as labels and {kinds[False]} names: use one of the two everywhere")
+        raise InputError(f"{' and '.join(sorted(given.values())[:2])} give their classes other names: make them agree")
+    numbered = {_numbered(part): part.where for part in parts if len(part.rows)}
+    if len(numbered) > 1:
+        raise InputError(
+            f"{numbered[True]} has numbers as labels and {numbered[False]} names: use one of the two everywhere"
+        )
     encoded = labels.combine_chunks()
-    dictionary = encoded.dictionary.to_pylist()
-    if names := given.pop():
-        number_of = {name: number for number, name in enumerate(names)}
-        numbers = [number_of[value] for value in dictionary]
-    elif True in kinds:
-        whole = [value.partition(".")[0] for value in dictionary]  # 3.0 is 3
-        names = _numbers(set(map(int, whole)), url)
-        number_of = {name: number for number, name in enumerate(names)}
-        numbers = [number_of[value] for value in whole]
+    values = encoded.dictionary.to_pylist()
+    if True in numbered:
+        values = [value.partition(".")[0] for value in values]  # 3.0 is 3
+        names = _numbers(set(map(int, values)), url)
     else:
-        names = tuple(sorted(dictionary))
-        number_of = {name: number for number, name in enumerate(names)}
-        numbers = [number_of[value] for value in dictionary]
+        names = next(iter(given)) or tuple(sorted(values))
     if len(names) < 2:
         raise InputError(f"{url} has one class ({names[0]}): classification needs 2 or more")
-    return names, np.array(numbers, np.int32)[encoded.indices.to_numpy()]
+    number_of = {name: number for number, name in enumerate(names)}
+    return names, np.array([number_of[value] for value in values], np.int32)[encoded.indices.to_numpy()]
 
 
 def _numbered(part: Part) -> bool:
-    # Whether all labels of a part are whole numbers, written as such.
+    # Whether all labels of a part are whole numbers, written as such. A negative one among those from 0 is a mistake.
     if part.class_names or part.names_only:
         return False
     values = pc.unique(part.rows["label"]).to_pylist()
-    negative = any(re.fullmatch("-[1-9][0-9]*", value) for value in values) and "0" in values
-    return all(_WHOLE.fullmatch(value) or (negative and re.fullmatch("-[1-9][0-9]*", value)) for value in values)
+    signed = any(map(_NEGATIVE.fullmatch, values)) and "0" in values
+    return all(_WHOLE.fullmatch(value) or (signed and _NEGATIVE.fullmatch(value)) for value in values)
 
 
 def _numbers(given: set[int], url: str) -> tuple[str, ...]:

@@ -174,18 +174,23 @@ def _require_usable(tasks: dict[str, pa.Table], done: dict[str, Record], listing
         names = [name for name in tasks if re.fullmatch(rf"{re.escape(split)}-[0-9]+-of-[0-9]+.parquet", name)]
         if not all(name in done for name in names):
             continue
-        per_class = [done[name]["shard"]["per_class"] for name in names if done[name]["shard"]]
-        counts_K = np.sum(per_class, axis=0) if per_class else np.zeros(len(listing.class_names))
-        lost = [name for name, count in zip(listing.class_names, counts_K, strict=True) if not count]
+        lost = _lost([done[name] for name in names], listing.class_names)
+        if len(lost) == len(listing.class_names):
+            what = f"no image of {split} can be used"
+        elif split == "probe" and lost:
+            what = f"no trusted image of {', '.join(lost[:EXAMPLES])} can be used"
+        else:
+            continue
         some = [each for name in names for each in done[name]["rejected"]][:EXAMPLES]
         reasons = ", ".join(f"{each['key']} ({each['reason']})" for each in some)
-        if not per_class:
-            raise InputError(f"no image of {split} can be used: {reasons}: copy them again; finished shards are kept")
-        if split == "probe" and lost:
-            raise InputError(
-                f"no trusted image of {', '.join(lost[:EXAMPLES])} can be used: {reasons}: "
-                "copy them again, or give others; finished shards are kept"
-            )
+        raise InputError(f"{what}: {reasons}: copy them again, or give others; finished shards are kept")
+
+
+def _lost(records: Sequence[Record], class_names: Sequence[str]) -> list[str]:
+    # The classes of which these shards hold no image.
+    per_class = [record["shard"]["per_class"] for record in records if record["shard"]]
+    count_K = np.sum([np.zeros(len(class_names)), *per_class], axis=0)
+    return [name for name, count in zip(class_names, count_K, strict=True) if not count]
 
 
 def make_shard(task: pa.Table, out: str, short_side: int, made_of: str, classes: int) -> pa.Table:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from pipeline.dataset import InputError
+
 # Words, in any case, and the split each means. Not "all", "extra" or "clean": they mean one thing here, another there.
 WORDS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -47,6 +49,26 @@ def of_value(value: str) -> str | None:
     if split := _meant(re.sub(r"(?<=hold|held)[-_ ]?(?=out$)", "", name)):
         return split
     return name if _VALUE.fullmatch(name) and not re.search("train|trusted|probe", name) else None
+
+
+def of_files(names: list[str]) -> list[str]:
+    """Return the split of each of some files that hold many images, by its name or that of a folder it is in.
+
+    All are train where no name says a split. Raises InputError where only some say one, or a name says two.
+    """
+    said = []
+    for name in names:
+        meant = {split for part in name.split("/") if (split := named(part))}
+        if len(meant) > 1 or (not meant and any(len(words_of(part)) > 1 for part in name.split("/"))):
+            raise InputError(f"{name} is named like two splits: rename it after one")
+        said.append(next(iter(meant), ""))
+    if any(said) and not all(said):
+        name = names[said.index("")]
+        raise InputError(
+            f"no split can be told from the name {name}, beside {names[said.index(next(filter(None, said)))]}: "
+            "rename it after its split (train, probe, val, test, dev …), or move it away"
+        )
+    return [one or "train" for one in said]
 
 
 def _meant(word: str) -> str | None:

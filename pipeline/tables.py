@@ -106,7 +106,7 @@ def _csv(url: str, columns: Columns, *, labelled: bool) -> tuple[Table, dict[str
     stated = re.fullmatch(r"sep=(.)[\r\n]*", first, re.IGNORECASE)
     header_line = lines.readline() if stated else first
     separator = stated[1] if stated else _separator(header_line, columns)
-    reader = csv.reader(itertools.chain([header_line] if header_line else [], lines), delimiter=separator, strict=True)
+    reader = csv.reader(itertools.chain([header_line] * bool(header_line), lines), delimiter=separator, strict=True)
     skipped = 1 if stated else 0
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -114,20 +114,25 @@ def _csv(url: str, columns: Columns, *, labelled: bool) -> tuple[Table, dict[str
             header.pop()  # what a spreadsheet leaves behind the last column
         found = _chosen(url, header, columns, (), labelled=labelled)
         at = {role: header.index(name) for role, name in found.items()}
-        line_N: list[np.ndarray] = [np.empty(0, np.int32)]
-        parts: dict[str, list[pa.Array]] = {role: [] for role in at}
-        rows = _csv_rows(url, reader, len(header), skipped)
-        while batch := list(itertools.islice(rows, BATCH)):
-            line_N.append(np.array([line for line, _ in batch], np.int32))
-            for role, column in at.items():
-                parts[role].append(pa.array([values[column].strip(" \t") for _, values in batch], TEXT))
+        raw, line_N = _by_column(_csv_rows(url, reader, len(header), skipped), at)
     except csv.Error as error:
         raise InputError(f"{url}, line {reader.line_num + skipped} is not CSV ({error}): fix the line") from None
-    raw = {role: pa.chunked_array(arrays, TEXT).combine_chunks() for role, arrays in parts.items()}
     ignored = _ignored(url, header, found.values())
-    line = np.concatenate(line_N)
-    table = Table(url, len(line), None, None, None, raw.get("id"), raw["image"], lines=line, findings=ignored)
+    table = Table(url, len(line_N), None, None, None, raw.get("id"), raw["image"], lines=line_N, findings=ignored)
     return table, raw, found
+
+
+def _by_column(rows: Iterator[tuple[int, list[str]]], at: dict[str, int]) -> tuple[dict[str, pa.Array], np.ndarray]:
+    # Columns by role from rows of all columns, of which a batch at a time is held; and the line of each row.
+    line_N: list[np.ndarray] = [np.empty(0, np.int32)]
+    parts: dict[str, list[pa.Array]] = {role: [] for role in at}
+    while batch := list(itertools.islice(rows, BATCH)):
+        line_N.append(np.array([line for line, _ in batch], np.int32))
+        for role, column in at.items():
+            parts[role].append(pa.array([values[column].strip(" \t") for _, values in batch], TEXT))
+    return {role: pa.chunked_array(arrays, TEXT).combine_chunks() for role, arrays in parts.items()}, np.concatenate(
+        line_N
+    )
 
 
 def _separator(header: str, columns: Columns) -> str:
@@ -163,43 +168,48 @@ def read_parquet(url: str, columns: Columns, given: dict[str, str] | None = None
 
     Of images that it holds nothing is read. Raises InputError as `read_csv`.
     """
-    given = given or {}
     fs, path = storage.connect(url)
     try:
         with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
-            parquet = pq.ParquetFile(file)
-            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-            found = _chosen(url, schema.names, columns, image_columns(schema), labelled=labelled, given=given)
-            held = found["image"] in image_columns(schema)
-            in_path = held and _paths_only(parquet, found["image"])
-            wanted = {role: name for role, name in found.items() if role != "image" and name in schema.names}
-            if not held or in_path:
-                wanted["image"] = f"{found['image']}.path" if in_path else found["image"]
-            _require_types(url, schema, found)
-            few = [wanted[role] for role in ("label", "split", "trusted") if role in wanted]  # different values
-            read = pq.ParquetFile(file, read_dictionary=few).read(list(wanted.values()), use_threads=False)
+            return _parquet(url, file, columns, given or {}, labelled=labelled)
     except FileNotFoundError:
         raise InputError(f"no such file: {url}: check the path") from None
     except pa.ArrowException as error:
         raise InputError(f"{url} is no readable Parquet file ({type(error).__name__}): copy it again") from None
-    whole = {}
-    for role, name in wanted.items():
-        column = read[found["image"] if role == "image" else name].combine_chunks()
-        whole[role] = pc.struct_field(column, "path") if role == "image" and in_path else column
-    whole |= {role: pa.repeat(given[name], count) for role, name in found.items() if name not in schema.names}
+
+
+def _parquet(url: str, file: Any, columns: Columns, given: dict[str, str], *, labelled: bool) -> Table:
+    parquet = pq.ParquetFile(file)
+    schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+    images = image_columns(schema)
+    found = _chosen(url, schema.names, columns, images, labelled=labelled, given=given)
+    _require_types(url, schema, found)
+    image = found["image"]
+    within = image in images
+    by_path = not within or _paths_only(parquet, image)
+    wanted = {role: name for role, name in found.items() if role != "image" and name in schema.names}
+    if by_path:
+        wanted["image"] = f"{image}.path" if within else image
+    few = [wanted[role] for role in ("label", "split", "trusted") if role in wanted]  # different values
+    read = pq.ParquetFile(file, read_dictionary=few).read(list(wanted.values()), use_threads=False)
+    raw = {role: read[found[role]].combine_chunks() for role in wanted}
+    raw |= {role: pa.repeat(given[name], count) for role, name in found.items() if name not in schema.names}
+    if by_path and within:
+        raw["image"] = pc.struct_field(raw["image"], "path")
+    text = {role: _text(raw[role]) for role in ("id", "image") if role in raw}
     table = Table(
         url=url,
         count=count,
         label=None,
         split=None,
-        id=_text(whole["id"]) if "id" in whole else None,
-        path=None if "image" not in whole else _text(whole["image"]),
-        column=schema.get_field_index(found["image"]) if held and len(image_columns(schema)) > 1 else -1,
         trusted=None,
+        id=text.get("id"),
+        path=text.get("image"),
+        column=-1 if by_path or len(images) == 1 else schema.get_field_index(image),
         class_names=_class_label(schema, found.get("label", "")),
-        findings=_ignored(url, () if held else schema.names, found.values()),
+        findings=() if within else _ignored(url, schema.names, found.values()),
     )
-    return _checked(table, whole, found, labelled=labelled)
+    return _checked(table, raw, found, labelled=labelled)
 
 
 def _paths_only(parquet: pq.ParquetFile, column: str) -> bool:
@@ -255,43 +265,52 @@ def _chosen(
     labelled: bool,
     given: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    # Role (image, label, split, trusted, id) -> the column that has it.
-    called: dict[str, list[str]] = {}
-    for name in (*names, *(given or {})):
-        called.setdefault(name.strip().lower(), []).append(name)
-    if two := next((same for name, same in called.items() if name and len(same) > 1), None):
-        raise InputError(f"{url} has two columns called {two[0]}: rename one of them")
-
-    def one(role: str, *defaults: str) -> str:
-        stated = getattr(columns, role)
-        if stated and stated.lower() not in called:
-            raise InputError(f"{url} has no column {stated}, only {', '.join(filter(None, names)) or '(none)'}")
-        there = [called[name.lower()][0] for name in ([stated] if stated else defaults) if name.lower() in called]
-        if len(there) > 1:
-            kind = "columns of encoded images" if images else "columns that may name images"
-            raise InputError(
-                f"{url} has {len(there)} {kind} ({', '.join(there)}): keep one, or choose it by --{role}-column"
-            )
-        return there[0] if there else ""
-
-    found = {role: one(role, role) for role in ("label", "split", "trusted", "id")}
+    # Role (image, label, split, trusted, id) -> the column that has it; `images` are those of encoded images.
+    there = _by_lower(url, (*names, *(given or {})))
+    roles = ("label", "split", "trusted", "id") if labelled else ("id",)
+    found = {role: _column(url, there, getattr(columns, role), role) for role in roles}
     images = [name for name in images if name not in found.values()]
-    found["image"] = one("image", *(images or URI))
+    found["image"] = _image_column(url, there, columns.image, images)
     if found["image"] not in images and not columns.id:
         found["id"] = ""  # an image is known by its name
-    if not labelled:
-        found = {role: found[role] for role in ("image", "id")}
     if not found["image"] or (labelled and not found["label"]):
-        needed = (columns.image or " or ".join(images) or " or ".join(URI)) + (" and label" if labelled else "")
-        raise InputError(
-            f"{url} has columns {', '.join(filter(None, names)) or '(none)'}: it needs {needed}"
-            + (
-                ", and may have split and trusted: rename columns, or name them by --label-column and the like"
-                * labelled
+        needed = columns.image or " or ".join(images) or " or ".join(URI)
+        more = ", or one of encoded images"
+        if labelled:
+            more = (
+                " and label, and may have split and trusted: rename columns, or name them by --label-column and others"
             )
-            + (", or one of encoded images" * (not labelled))
-        )
+        raise InputError(f"{url} has columns {', '.join(there.values()) or '(none)'}: it needs {needed}{more}")
     return {role: name for role, name in found.items() if name}
+
+
+def _by_lower(url: str, names: Sequence[str]) -> dict[str, str]:
+    # The columns that have a name, by that name in lower case.
+    there: dict[str, str] = {}
+    for name in names:
+        key = name.strip().lower()
+        if key in there:
+            raise InputError(f"{url} has two columns called {there[key]}: rename one of them")
+        if key:
+            there[key] = name
+    return there
+
+
+def _image_column(url: str, there: dict[str, str], stated: str, images: Sequence[str]) -> str:
+    candidates = [name for name in (images or URI) if name.lower() in there]
+    if len(candidates) > 1 and not stated:
+        kind = "columns of encoded images" if images else "columns that may name images"
+        raise InputError(
+            f"{url} has {len(candidates)} {kind} ({', '.join(candidates)}): keep one, or choose it by --image-column"
+        )
+    return _column(url, there, stated, *candidates)
+
+
+def _column(url: str, there: dict[str, str], stated: str, *defaults: str) -> str:
+    # The column that was stated, which must be there, or the first of the defaults that is; "" where none is.
+    if stated and stated.lower() not in there:
+        raise InputError(f"{url} has no column {stated}, only {', '.join(there.values()) or '(none)'}")
+    return next((there[name.lower()] for name in (stated or None, *defaults) if name and name.lower() in there), "")
 
 
 def _ignored(url: str, names: Sequence[str], used: Any) -> tuple[Finding, ...]:
@@ -325,39 +344,53 @@ def _checked(table: Table, raw: dict[str, pa.Array], called: dict[str, str], *, 
 
 def _labels(table: Table, column: pa.Array) -> pa.Array:
     # Dictionary-encoded names, or whole numbers in figures.
-    if pa.types.is_dictionary(column.type) and not column.null_count and _is_text(column.type.value_type):
-        trimmed = pc.utf8_trim_whitespace(column.dictionary.cast(TEXT))
-        if len(pc.unique(trimmed)) == len(trimmed) and not pc.any(pc.equal(trimmed, "")).as_py():
-            return pa.DictionaryArray.from_arrays(column.indices.cast(pa.int32()), trimmed)
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = column.type
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        column = column.cast(pa.float64())
-        bad = pc.invert(pc.fill_null(pc.equal(pc.floor(column), column), False))  # NaN is equal to nothing
-    elif pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        bad = pa.repeat(True, len(column))
+        different = column.dictionary  # values are few: what is wrong with a row is wrong with its value
+        if column.null_count or (row := _first(_no_label(different))) is not None:
+            row = _first(_no_label(column.dictionary_decode()))
     else:
-        column = pc.utf8_trim_whitespace(_text(column)) if _is_text(kind) else column
-        bad = pc.equal(column, "") if _is_text(kind) else pa.repeat(False, len(column))
-        bad = pc.fill_null(bad, True) if _is_text(kind) else pc.is_null(column)
-    if (row := _first(bad)) is not None:
-        value = column[row].as_py()
+        different, row = None, _first(_no_label(column))
+    if row is not None:
         raise InputError(
-            f"{table.where(row)}: label {value!r} is no name or whole number: fill it in, or remove the row"
+            f"{table.where(row)}: label {column[row].as_py()!r} is no name or whole number: "
+            "fill it in, or remove the row"
         )
-    if pa.types.is_floating(column.type):
-        column = column.cast(pa.int64())
-    if table.class_names and pa.types.is_integer(column.type):
-        names = table.class_names
-        out = pc.or_(pc.less(column, 0), pc.greater_equal(column, len(names)))
-        if (row := _first(out)) is not None:
-            raise InputError(
-                f"{table.where(row)}: label {column[row]} has none of the file's {len(names)} names: "
-                "leave unlabelled images out"
-            )
-        return pa.DictionaryArray.from_arrays(column.cast(pa.int32()), pa.array(names, TEXT))
-    return _text(column).dictionary_encode()
+    if different is not None:
+        return (
+            pa.DictionaryArray.from_arrays(column.indices, _label_text(different))
+            .dictionary_decode()
+            .dictionary_encode()
+        )
+    if table.class_names and not _is_text(column.type):
+        return _named(table, column.cast(pa.int64()))
+    return _label_text(column).dictionary_encode()
+
+
+def _no_label(column: pa.Array) -> pa.Array:
+    # Where a column has neither a name nor a whole number.
+    if pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
+        return pa.repeat(True, len(column))
+    if _is_text(column.type):
+        return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column.cast(TEXT)), ""), True)
+    if pa.types.is_integer(column.type):
+        return pc.is_null(column)
+    column = column.cast(pa.float64())
+    return pc.invert(pc.fill_null(pc.equal(pc.floor(column), column), False))  # NaN is equal to nothing
+
+
+def _label_text(column: pa.Array) -> pa.Array:
+    return pc.utf8_trim_whitespace(_text(column)) if _is_text(column.type) else column.cast(pa.int64()).cast(TEXT)
+
+
+def _named(table: Table, number: pa.Array) -> pa.Array:
+    # Names for numbers, as the file's own schema has them.
+    names = table.class_names
+    if (row := _first(pc.or_(pc.less(number, 0), pc.greater_equal(number, len(names))))) is not None:
+        raise InputError(
+            f"{table.where(row)}: label {number[row]} has none of the file's {len(names)} names: "
+            "leave unlabelled images out"
+        )
+    return pa.DictionaryArray.from_arrays(number.cast(pa.int32()), pa.array(names, TEXT))
 
 
 def _split_names(table: Table, column: pa.Array) -> tuple[pa.Array, int]:

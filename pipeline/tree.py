@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
@@ -69,19 +69,28 @@ class Tree:
             names = [name for name in files if ARCHIVE.fullmatch(name.rpartition("/")[2]) and not hidden(name)]
         else:
             names = list(tree._archive_names())
-        with ThreadPoolExecutor(INDEXERS) as pool:
-            homes = [(f"{url}/{name}" if name else url, name.rpartition("/")[0]) for name in names]
-            outer = list(pool.map(lambda home: index(home[0], home[1], spool, read_label), homes))
-            tars = [(one, *tar) for one in outer for tar in one.tars]
-            inner = list(pool.map(lambda tar: index_inner(tar[0], tar[1], tar[2], tar[3], read_label), tars))
-        for archive in (*outer, *inner):
-            where = archive.url.rpartition("/")[2]
-            tree.unsafe.extend((f"{where}: {name}", reason) for name, reason in archive.unsafe)
-        tree.unread.extend(archive.refused for archive in outer if archive.refused)
+        archives = tree._indexed(names, spool, read_label)
         if tree.unread and not is_folder:
             raise InputError(tree.unread[0])
-        listed = tuple(files), tuple(folders)
-        return Tree(url, is_folder, (*outer, *inner), tree.unsafe, tree.unread, fs, path, *listed)
+        return replace(tree, archives=archives, names=tuple(files), folders=tuple(folders))
+
+    def _indexed(self, names: Sequence[str], spool: str, read_label: ReadLabel | None) -> tuple[Archive, ...]:
+        # The archives of these names, and the tars in them; what of them is never used goes to `unsafe` and `unread`.
+        def outer_of(name: str) -> Archive:
+            url = f"{self.url}/{name}" if name else self.url
+            return index(url, name.rpartition("/")[0], spool, read_label)
+
+        def inner_of(tar: tuple[Archive, str, int, int]) -> Archive:
+            return index_inner(*tar, read_label=read_label)
+
+        with ThreadPoolExecutor(INDEXERS) as pool:
+            outer = list(pool.map(outer_of, names))
+            inner = list(pool.map(inner_of, [(one, *tar) for one in outer for tar in one.tars]))
+        for archive in (*outer, *inner):
+            where = archive.url.rpartition("/")[2]
+            self.unsafe.extend((f"{where}: {name}", reason) for name, reason in archive.unsafe)
+        self.unread.extend(archive.refused for archive in outer if archive.refused)
+        return (*outer, *inner)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a list: a plain file, or a member of an archive with up to three folders before `name`.

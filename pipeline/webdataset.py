@@ -57,7 +57,7 @@ def samples(archives: Iterable[Archive], field: str) -> Found:
     Raises InputError where an image has no label or a sample has two images.
     """
     archives = [archive for archive in archives if archive.images]
-    split_of = of_files([f"{archive.folder}/{archive.stem}".lstrip("/") for archive in archives])
+    split_of = splits.of_files([f"{archive.folder}/{archive.stem}".lstrip("/") for archive in archives])
     found, unused = Found(), 0
     for archive, split in zip(archives, split_of, strict=True):
         label_of = {_key(name): label for name, label in archive.labels.items()}
@@ -81,26 +81,6 @@ def samples(archives: Iterable[Archive], field: str) -> Found:
         what = f"{unused:,} labels in tars have no image"
         found.findings.append(Finding("warning", what, "add the images, in a format that is read", unused))
     return found
-
-
-def of_files(names: list[str]) -> list[str]:
-    """Return the split of each of some files that hold many images, by its name or that of a folder it is in.
-
-    All are train where no name says a split. Raises InputError where only some say one, or a name says two.
-    """
-    said = []
-    for name in names:
-        meant = {split for part in name.split("/") if (split := splits.named(part))}
-        if len(meant) > 1 or (not meant and any(len(splits.words_of(part)) > 1 for part in name.split("/"))):
-            raise InputError(f"{name} is named like two splits: rename it after one")
-        said.append(next(iter(meant), ""))
-    if any(said) and not all(said):
-        name = names[said.index("")]
-        raise InputError(
-            f"no split can be told from the name {name}, beside {names[said.index(next(filter(None, said)))]}: "
-            "rename it after its split (train, probe, val, test, dev …), or move it away"
-        )
-    return [one or "train" for one in said]
 
 
 def _key(name: str) -> str:
