@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 
 from pipeline import folders, tables
 from pipeline.archive import IMAGE
+from pipeline.columns import URI, Columns
 from pipeline.dataset import InputError
 from pipeline.gathering import PLACE, Part, gather
 from pipeline.layout import Finding, Layout, Listing, identified, looked_around, settle, text_of
-from pipeline.tables import Columns
 from pipeline.tree import Tree, absolute, hidden
 
 _WHOLE = re.compile("(0|[1-9][0-9]*)(?:[.]0+)?")  # as text; 007 and +1 are names
@@ -68,12 +68,13 @@ class Custom(Layout):
             raise InputError(f"no training images in {url}: check the path, and the names of splits and folders")
         class_names, label_N = _classes(found.parts, rows["label"], url)
         rows = rows.drop_columns("label")
+        pa.default_memory_pool().release_unused()
         findings = [*found.findings, *_alike(class_names)]
         if self.trusted:
             rows = _trust(absolute(self.trusted), rows, class_names, label_N, findings)
         table = identified(_one_key(rows), self.name, label_N, rows["split"])
         listing = Listing(table, class_names, tuple(findings), unlisted=found.unlisted)
-        if look_around and found.home:
+        if look_around and found.home and not found.home.startswith(("http://", "https://")):  # which list nothing
             listing = _with_neighbours(listing, found.home)
         return _probe_checked(settle(listing))
 
@@ -229,5 +230,6 @@ def _trusted_entries(url: str) -> Iterator[tuple[str, str, str | None]]:
         yield from tables.read_labels(url)
         return
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if line and (number > 1 or line.strip().lower() not in tables.URI):
+        line = line.strip(" \t")
+        if line and (number > 1 or line.strip().lower() not in URI):
             yield f"{url}, line {number}", line, None

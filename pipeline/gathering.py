@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 
 from pipeline import folders, splits, storage, tables, webdataset
 from pipeline.archive import IMAGE, Archive, Place
+from pipeline.columns import Columns
 from pipeline.dataset import InputError
 from pipeline.folders import Found
 from pipeline.layout import SCHEMA, Finding
-from pipeline.tables import Columns, Table
+from pipeline.tables import Table
 from pipeline.tree import MISSING, Tree, hidden
 
 SAMPLED = 8  # rows of a table whose images are looked for, to tell how it names them
@@ -53,17 +54,17 @@ def gather(url: str, columns: Columns, *, labelled: bool = True, used: Collectio
     Raises InputError as Custom.listing does.
     """
     fs, path = storage.connect(url)
-    if path.lower().endswith((".csv", ".tsv")):
-        home = url.rpartition("/")[0]
-        return _of_tables([tables.read_csv(url, columns, labelled=labelled)], home, ["train"])
-    if path.lower().endswith(".parquet"):
-        home = url.rpartition("/")[0]
-        return _of_tables([tables.read_parquet(url, columns, labelled=labelled)], home, ["train"])
+    if path.lower().endswith((".csv", ".tsv", ".parquet")):
+        home, _, file = url.rpartition("/")
+        read = tables.read_parquet if path.lower().endswith(".parquet") else tables.read_csv
+        table = read(url, columns, labelled=labelled)
+        return _of_tables([table], home, _defaults([file], [table]))
     read_label = webdataset.label_reader(columns.label)
     if re.search(r"\{.*\}", url) and not storage.exists(fs, path):
         trees = [Tree.open(one, whole=True, read_label=read_label) for one in _braces(url)]
     else:
         trees = [Tree.open(url, whole=True, read_label=read_label)]
+    _require_plain(url, trees[0])
     names = [name for name in trees[0].names if name.lower().endswith(".parquet") and not _passed_over(name)]
     if names:
         return _of_parquet_tree(trees[0], names, columns, used, labelled=labelled)
@@ -107,10 +108,17 @@ def _in_tars(archives: Sequence[Archive], images: dict[str, Place], field: str) 
 def _in_folders(url: str, tree: Tree, images: dict[str, Place], field: str) -> Found:
     if field:
         raise InputError(f"{url} has no table and no .json beside its images: leave --label-column out")
-    if cls := next((name for name in tree.names if name.lower().endswith(".cls")), None):
-        raise InputError(f"{url} has labels in .cls files ({cls}): pack them with their images into tars")
+    members = (name for archive in tree.archives for name in archive.others)
+    if cls := next((name for name in (*tree.names, *members) if name.lower().endswith(".cls")), None):
+        raise InputError(f"{url} has labels in .cls files ({cls}): pack them with their images into plain tars")
     others = [name for name in tree.names if not IMAGE.fullmatch(name) and not hidden(name)]
-    return folders.classes_of(url, images, tree.folders, others)
+    found = folders.classes_of(url, images, tree.folders, others)
+    lists = [name for name in others if folders.LIST.fullmatch(name)]
+    if lists and len(set(found.labels)) < 2:
+        raise InputError(
+            f"{url} has no folders of classes, but {lists[0]}: give that table itself if it has the labels"
+        )
+    return found
 
 
 def _part(
@@ -146,20 +154,29 @@ def _of_parquet_tree(
     tree: Tree, names: Sequence[str], columns: Columns, used: Collection[str], *, labelled: bool
 ) -> Gathered:
     some = [tables.read_parquet(f"{tree.url}/{name}", columns, _partition(name), labelled=labelled) for name in names]
-    # What a column says need not be told from names.
-    silent = [name for name, table in zip(names, some, strict=True) if labelled and table.split is None]
-    said = dict(zip(silent, splits.of_files([name.rpartition(".")[0] for name in silent]), strict=True))
-    found = _of_tables(some, tree.url, [said.get(name, "train") for name in names])
+    found = _of_tables(some, tree.url, _defaults(names, some))
     if any(table.path is not None for table in some):
         return found  # files that no row names are looked for by whoever wants to know
-    known = {*names, *(name for name in tree.names if f"{tree.url}/{name}" in used)}
-    others = [name for name in tree.names if name not in known]
-    images = [name for name in others if IMAGE.fullmatch(name) and not hidden(name)]
-    findings = [*found.findings, *folders.unread(set(others) - set(images), (), "those of the Parquet files")]
+    known = {f"{tree.url}/{name}" for name in names} | set(used)
+    others = [name for name in tree.names if f"{tree.url}/{name}" not in known]
+    return replace(found, findings=(*found.findings, *_left_out(others)))
+
+
+def _left_out(names: Sequence[str]) -> list[Finding]:
+    # Findings on what lies beside Parquet files that hold all images themselves.
+    images = {name for name in names if IMAGE.fullmatch(name) and not hidden(name)}
+    findings = folders.unread(set(names) - images, (), "those of the Parquet files")
     if images:
-        what = f"{len(images):,} images are in no table (such as {images[0]})"
+        what = f"{len(images):,} images are in no table (such as {min(images)})"
         findings.append(Finding("warning", what, "left out: the images are those of the Parquet files", len(images)))
-    return replace(found, findings=tuple(findings))
+    return findings
+
+
+def _defaults(names: Sequence[str], some: Sequence[Table]) -> list[str]:
+    # The split of each table's rows where no column says one: told from names, if labels are wanted.
+    silent = [name for name, table in zip(names, some, strict=True) if table.label is not None and table.split is None]
+    said = dict(zip(silent, splits.of_files([name.rpartition(".")[0] for name in silent]), strict=True))
+    return [said.get(name, "train") for name in names]
 
 
 def _partition(name: str) -> dict[str, str]:
@@ -272,6 +289,20 @@ def _from_archives(rows: pa.Table, home: str) -> pa.Table:
     ]
     columns = [pa.array([place[column] for place in places], PLACE[column + 1].type) for column in range(4)]
     return pa.table([rows["key"], *columns, rows["label"], rows["split"]], schema=PART)
+
+
+def _require_plain(url: str, tree: Tree) -> None:
+    # Raise for a table format whose folder holds rows that were deleted beside those that are left.
+    for folder in tree.folders:
+        for mark, kind in {"_delta_log": "Delta", ".hoodie": "Hudi", "_versions": "Lance"}.items():
+            if folder.rpartition("/")[2] == mark:
+                raise InputError(
+                    f"{url} is a {kind} table, whose files hold deleted rows too: write it out as plain Parquet first"
+                )
+    if metadata := next(
+        (name for name in tree.names if re.search(r"(^|/)metadata/[^/]*\.metadata\.json$", name)), None
+    ):
+        raise InputError(f"{url} is an Iceberg table ({metadata}): write it out as plain Parquet first")
 
 
 def _passed_over(name: str) -> bool:

@@ -35,6 +35,8 @@ _FOREIGN = (
     (rb"%PDF", "PDF"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "EPS"),
     (rb"(?i)\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "SVG"),
+    (rb"\x76\x2f\x31\x01", "OpenEXR"),
+    (rb".{128}DICM", "DICOM"),
     (rb"....ftyp|\x1a\x45\xdf\xa3", "a video"),
 )
 MIN_SIDE = 8  # px: crawls hold many counting pixels and spacers, 1×1 and the like

@@ -60,8 +60,12 @@ def of_files(names: list[str]) -> list[str]:
     for name in names:
         meant = {split for part in name.split("/") if (split := named(part))}
         if len(meant) > 1 or (not meant and any(len(words_of(part)) > 1 for part in name.split("/"))):
-            raise InputError(f"{name} is named like two splits: rename it after one")
+            raise InputError(f"{name} is named like two splits: rename it after one, or give a column split")
         said.append(next(iter(meant), ""))
+    if len(names) == 1 and said[0] not in ("", "train"):
+        raise InputError(
+            f"{names[0]} is named like {said[0]}, and there is no other: rename it, or give a column split"
+        )
     if any(said) and not all(said):
         name = names[said.index("")]
         raise InputError(

@@ -13,7 +13,7 @@ import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,30 +23,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import splits, storage
+from pipeline.columns import URI, Columns, chosen, ignored
 from pipeline.dataset import InputError
 from pipeline.layout import Finding, text_of
 from pipeline.raw import image_columns
 
-URI = ("uri", "path", "image_path", "file_name", "url")  # columns that name images
 TRUE, FALSE = (
     {"true", "1", "1.0", "yes", "wahr"},
     {"false", "0", "0.0", "no", "falsch", ""},
 )  # as spreadsheets write them
 SEPARATORS = ",;\t|"
-BATCH = 1 << 16  # rows held as Python's objects at once
+BATCH = 1 << 14  # rows held as Python's objects at once
 
 TEXT = pa.string()
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Hold the names of columns that are not what they are called by default; "" where they are."""
-
-    image: str = ""
-    label: str = ""
-    split: str = ""
-    trusted: str = ""
-    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +44,11 @@ class Table:
 
     url: str
     count: int  # N
-    label: pa.Array | None  # dictionary-encoded
-    split: pa.Array | None
-    trusted: pa.Array | None  # bool
-    id: pa.Array | None
-    path: pa.Array | None  # of the image; None where the rows hold the images themselves
+    label: pa.Array | None = None  # dictionary-encoded
+    split: pa.Array | None = None
+    trusted: pa.Array | None = None  # bool
+    id: pa.Array | None = None
+    path: pa.Array | None = None  # of the image; None where the rows hold the images themselves
     column: int = -1  # number of the column that holds them, where there are several such columns
     lines: np.ndarray | None = None  # of a CSV: the line at which each row ends
     class_names: tuple[str, ...] = ()  # in the order of their numbers, where the file gives them
@@ -99,9 +88,8 @@ def has_column(header: str, name: str) -> bool:
 
 def _csv(url: str, columns: Columns, *, labelled: bool) -> tuple[Table, dict[str, pa.Array], dict[str, str]]:
     # The rows, their columns by role as they are written, and what each of those is called.
-    data = read_bytes(url)
-    text_of(data, url)  # raises where it is no UTF-8
-    lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    lines = io.TextIOWrapper(io.BytesIO(read_bytes(url)), "utf-8-sig", newline="")
+    text_of(lines.buffer.getvalue(), url)  # raises where it is no UTF-8
     first = lines.readline()
     stated = re.fullmatch(r"sep=(.)[\r\n]*", first, re.IGNORECASE)
     header_line = lines.readline() if stated else first
@@ -112,27 +100,29 @@ def _csv(url: str, columns: Columns, *, labelled: bool) -> tuple[Table, dict[str
         header = [name.strip() for name in next(reader, [])]
         while header and not header[-1]:
             header.pop()  # what a spreadsheet leaves behind the last column
-        found = _chosen(url, header, columns, (), labelled=labelled)
+        found = chosen(url, header, columns, (), labelled=labelled)
         at = {role: header.index(name) for role, name in found.items()}
-        raw, line_N = _by_column(_csv_rows(url, reader, len(header), skipped), at)
+        parts, line_N = _by_column(_csv_rows(url, reader, len(header), skipped), at)
     except csv.Error as error:
         raise InputError(f"{url}, line {reader.line_num + skipped} is not CSV ({error}): fix the line") from None
-    ignored = _ignored(url, header, found.values())
-    table = Table(url, len(line_N), None, None, None, raw.get("id"), raw["image"], lines=line_N, findings=ignored)
+    lines.close()  # its bytes are not held beside the columns
+    raw = {role: pa.chunked_array(parts.pop(role), TEXT).combine_chunks() for role in at}
+    pa.default_memory_pool().release_unused()  # what Arrow keeps for its next use is as much as the columns
+    table = Table(url, len(line_N), lines=line_N, findings=ignored(url, header, found.values()))
     return table, raw, found
 
 
-def _by_column(rows: Iterator[tuple[int, list[str]]], at: dict[str, int]) -> tuple[dict[str, pa.Array], np.ndarray]:
-    # Columns by role from rows of all columns, of which a batch at a time is held; and the line of each row.
+def _by_column(
+    rows: Iterator[tuple[int, list[str]]], at: dict[str, int]
+) -> tuple[dict[str, list[pa.Array]], np.ndarray]:
+    # Columns by role, in parts, from rows of all columns, of which a batch at a time is held; and the line of each row.
     line_N: list[np.ndarray] = [np.empty(0, np.int32)]
     parts: dict[str, list[pa.Array]] = {role: [] for role in at}
     while batch := list(itertools.islice(rows, BATCH)):
         line_N.append(np.array([line for line, _ in batch], np.int32))
         for role, column in at.items():
             parts[role].append(pa.array([values[column].strip(" \t") for _, values in batch], TEXT))
-    return {role: pa.chunked_array(arrays, TEXT).combine_chunks() for role, arrays in parts.items()}, np.concatenate(
-        line_N
-    )
+    return parts, np.concatenate(line_N)
 
 
 def _separator(header: str, columns: Columns) -> str:
@@ -171,45 +161,48 @@ def read_parquet(url: str, columns: Columns, given: dict[str, str] | None = None
     fs, path = storage.connect(url)
     try:
         with storage.attempt(fs, path, lambda: fs.open(path, "rb")) as file:
-            return _parquet(url, file, columns, given or {}, labelled=labelled)
+            table = _parquet(url, file, columns, given or {}, labelled=labelled)
     except FileNotFoundError:
         raise InputError(f"no such file: {url}: check the path") from None
     except pa.ArrowException as error:
         raise InputError(f"{url} is no readable Parquet file ({type(error).__name__}): copy it again") from None
+    pa.default_memory_pool().release_unused()  # what Arrow keeps for its next use is as much as the table
+    return table
 
 
 def _parquet(url: str, file: Any, columns: Columns, given: dict[str, str], *, labelled: bool) -> Table:
     parquet = pq.ParquetFile(file)
     schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     images = image_columns(schema)
-    found = _chosen(url, schema.names, columns, images, labelled=labelled, given=given)
+    found = chosen(url, schema.names, columns, images, labelled=labelled, given=given)
     _require_types(url, schema, found)
-    image = found["image"]
-    within = image in images
+    image, within = found["image"], found["image"] in images
     by_path = not within or _paths_only(parquet, image)
-    wanted = {role: name for role, name in found.items() if role != "image" and name in schema.names}
-    if by_path:
-        wanted["image"] = f"{image}.path" if within else image
-    few = [wanted[role] for role in ("label", "split", "trusted") if role in wanted]  # different values
-    read = pq.ParquetFile(file, read_dictionary=few).read(list(wanted.values()), use_threads=False)
-    raw = {role: read[found[role]].combine_chunks() for role in wanted}
+    raw = _read(file, schema, found, within="path" if within else "", by_path=by_path)
     raw |= {role: pa.repeat(given[name], count) for role, name in found.items() if name not in schema.names}
-    if by_path and within:
-        raw["image"] = pc.struct_field(raw["image"], "path")
-    text = {role: _text(raw[role]) for role in ("id", "image") if role in raw}
     table = Table(
         url=url,
         count=count,
-        label=None,
-        split=None,
-        trusted=None,
-        id=text.get("id"),
-        path=text.get("image"),
-        column=-1 if by_path or len(images) == 1 else schema.get_field_index(image),
+        column=schema.get_field_index(image) if not by_path and len(images) > 1 else -1,
         class_names=_class_label(schema, found.get("label", "")),
-        findings=() if within else _ignored(url, schema.names, found.values()),
+        findings=() if within else ignored(url, schema.names, found.values()),
     )
     return _checked(table, raw, found, labelled=labelled)
+
+
+def _read(file: Any, schema: pa.Schema, found: dict[str, str], *, within: str, by_path: bool) -> dict[str, pa.Array]:
+    # The columns by role, that of images if they are told by paths, which may be a field `within` a struct.
+    wanted = {role: name for role, name in found.items() if role != "image" and name in schema.names}
+    if by_path:
+        wanted["image"] = ".".join(filter(None, (found["image"], within)))
+    few = [wanted[role] for role in ("label", "split", "trusted") if role in wanted]  # different values
+    read = pq.ParquetFile(file, read_dictionary=few).read(list(wanted.values()), use_threads=False)
+    raw = {role: read[found[role]].combine_chunks() for role in wanted}
+    del read
+    pa.default_memory_pool().release_unused()
+    if by_path and within:
+        raw["image"] = pc.struct_field(raw["image"], within)
+    return raw
 
 
 def _paths_only(parquet: pq.ParquetFile, column: str) -> bool:
@@ -256,79 +249,16 @@ def read_bytes(url: str) -> bytes:
         raise InputError(f"no such file: {url}: check the path") from None
 
 
-def _chosen(
-    url: str,
-    names: Sequence[str],
-    columns: Columns,
-    images: Sequence[str],
-    *,
-    labelled: bool,
-    given: dict[str, str] | None = None,
-) -> dict[str, str]:
-    # Role (image, label, split, trusted, id) -> the column that has it; `images` are those of encoded images.
-    there = _by_lower(url, (*names, *(given or {})))
-    roles = ("label", "split", "trusted", "id") if labelled else ("id",)
-    found = {role: _column(url, there, getattr(columns, role), role) for role in roles}
-    images = [name for name in images if name not in found.values()]
-    found["image"] = _image_column(url, there, columns.image, images)
-    if found["image"] not in images and not columns.id:
-        found["id"] = ""  # an image is known by its name
-    if not found["image"] or (labelled and not found["label"]):
-        needed = columns.image or " or ".join(images) or " or ".join(URI)
-        more = ", or one of encoded images"
-        if labelled:
-            more = (
-                " and label, and may have split and trusted: rename columns, or name them by --label-column and others"
-            )
-        raise InputError(f"{url} has columns {', '.join(there.values()) or '(none)'}: it needs {needed}{more}")
-    return {role: name for role, name in found.items() if name}
-
-
-def _by_lower(url: str, names: Sequence[str]) -> dict[str, str]:
-    # The columns that have a name, by that name in lower case.
-    there: dict[str, str] = {}
-    for name in names:
-        key = name.strip().lower()
-        if key in there:
-            raise InputError(f"{url} has two columns called {there[key]}: rename one of them")
-        if key:
-            there[key] = name
-    return there
-
-
-def _image_column(url: str, there: dict[str, str], stated: str, images: Sequence[str]) -> str:
-    candidates = [name for name in (images or URI) if name.lower() in there]
-    if len(candidates) > 1 and not stated:
-        kind = "columns of encoded images" if images else "columns that may name images"
-        raise InputError(
-            f"{url} has {len(candidates)} {kind} ({', '.join(candidates)}): keep one, or choose it by --image-column"
-        )
-    return _column(url, there, stated, *candidates)
-
-
-def _column(url: str, there: dict[str, str], stated: str, *defaults: str) -> str:
-    # The column that was stated, which must be there, or the first of the defaults that is; "" where none is.
-    if stated and stated.lower() not in there:
-        raise InputError(f"{url} has no column {stated}, only {', '.join(there.values()) or '(none)'}")
-    return next((there[name.lower()] for name in (stated or None, *defaults) if name and name.lower() in there), "")
-
-
-def _ignored(url: str, names: Sequence[str], used: Any) -> tuple[Finding, ...]:
-    ignored = sorted({name for name in names if name} - set(used))
-    return (Finding("note", f"columns of {url} that are not read: {', '.join(ignored)}"),) if ignored else ()
-
-
 def _checked(table: Table, raw: dict[str, pa.Array], called: dict[str, str], *, labelled: bool) -> Table:
     # The table with each column as what it means. Raises for the first row that cannot be understood.
-    for role, column in (("image", table.path), ("id", table.id)):
-        if column is None:
-            continue
-        blank = pc.or_kleene(pc.is_null(column), pc.fill_null(pc.equal(column, ""), True))
-        if (row := _first(blank)) is not None:
+    text = {role: _text(raw[role]) for role in ("image", "id") if role in raw}
+    for role, column in text.items():
+        if (row := _first(pc.fill_null(pc.equal(column, ""), True))) is not None:
             fix = "fill it in, or remove the row" if role == "image" else "fill it in, or leave the column out"
             raise InputError(f"{table.where(row)}: no {called[role]}: {fix}")
         if (row := _first(pc.match_substring(column, "\0"))) is not None:
             raise InputError(f"{table.where(row)}: {called[role]} holds a NUL byte: fix the row")
+    table = replace(table, path=text.get("image"), id=text.get("id"))
     if not labelled:
         return table
     label = _labels(table, raw["label"])
@@ -458,7 +388,7 @@ def located(paths: pa.Array, parent: str, root: str) -> tuple[pa.Array, pa.Array
     """
     odd = pc.match_substring_regex(paths, r"^/|://|(^|/)\.{0,2}(/|$)")
     lead = parent[len(root) + 1 :] + "/" if parent.startswith(f"{root}/") else ""
-    keys = pc.binary_join_element_wise(lead, paths, "")
+    keys = pc.binary_join_element_wise(lead, paths, "") if lead else paths
     files = pc.binary_join_element_wise(f"{parent}/", paths, "")
     if not parent.startswith(root):
         odd = pa.repeat(True, len(paths))

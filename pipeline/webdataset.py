@@ -26,6 +26,8 @@ def label_reader(field: str) -> ReadLabel:
             value = json.loads(data()).get(field) if field else data().decode().strip()
         except (ValueError, AttributeError):
             return ""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         known = isinstance(value, (str, int)) and not isinstance(value, bool)
         return str(value).strip() if known else ""
 

@@ -181,6 +181,13 @@ def parquet_named_after_two_splits() -> Case:
 
 
 @case
+def one_table_named_after_an_evaluation_set() -> Case:
+    text = listed(head="path,label,part,trusted")
+    files = {**TWELVE, "pets_test.csv": text.encode()}
+    return Case(files, "pets_test.csv", error="pets_test is named like test, and there is no other: rename it, or")
+
+
+@case
 def parquet_in_folders_of_splits() -> Case:
     files = {f"{split}/part-0{k}.snappy.parquet": images(4, 4 * k) for k in range(2) for split in ("train", "test")}
     files |= {"_SUCCESS": b"", "train/_metadata": b"x"}
@@ -195,6 +202,12 @@ def hive_partitions() -> Case:
         for name in ("cat", "dog"):
             files[f"split={split}/label={name}/a.parquet"] = parquet({"image": PHOTOS[:count]})
     return Case(files, counts={"train": 8, "probe": 2, "test": 4})
+
+
+@case
+def delta_lance_iceberg_or_hudi() -> Case:
+    files = {"part-0.parquet": images(4), "_delta_log/000.json": b"{}"}
+    return Case(files, error="is a Delta table, whose files hold deleted rows too: write it out as plain Parquet")
 
 
 @case
@@ -506,6 +519,12 @@ def tables_and_labels_beside_images_in_folders() -> Case:
 
 
 @case
+def one_folder_of_images_and_a_table() -> Case:
+    files = {**TWELVE, "labels.csv": listed().encode()}
+    return Case(files, error="has no folders of classes, but labels.csv: give that table itself if it has the labels")
+
+
+@case
 def images_in_no_folder_of_a_class() -> Case:
     files = {**folders(train=2, probe=1), "logo.png": b"x", "train/odd.jpg": b"x", "docs/figures/1.png": b"x"}
     return Case(files, counts={"train": 4, "probe": 2}, findings=("3 images are in no folder of a class .docs/",))
@@ -573,6 +592,12 @@ def webdataset_shards_in_braces() -> Case:
 def webdataset_of_which_one_image_has_no_label() -> Case:
     files = {"train-0.tar": shard(4, 0, cls=lambda k: str(k % 2)), "train-1.tar": shard(1, 20)}
     return Case(files, error="train-1.tar: 00020.jpg has no .cls that can be read")
+
+
+@case
+def labels_in_files_outside_of_tars() -> Case:
+    pairs = {f"{k}.{ending}": data for k in range(4) for ending, data in (("jpg", PHOTOS[k]), ("cls", b"0"))}
+    return Case({"train/000.zip": zipped(pairs)}, error="has labels in .cls files .0.cls.: pack them with their images")
 
 
 @case
