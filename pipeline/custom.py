@@ -84,13 +84,13 @@ class Custom(Layout):
         return Columns(self.image_column, self.label_column, self.split_column, self.trusted_column, self.id_column)
 
 
-def images_at(url: str) -> pa.Table:
+def images_at(url: str, columns: Columns) -> pa.Table:
     """Return key, file, start, size and how of all images at `url`, whatever is said of their labels, as Custom names
     them.
 
     Raises InputError for what cannot be read.
     """
-    found = gather(absolute(url), Columns(), labelled=False)
+    found = gather(absolute(url), columns, labelled=False)
     return pa.concat_tables([part.rows.select([one.name for one in PLACE]) for part in found.parts])
 
 

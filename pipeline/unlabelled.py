@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.columns import Columns
 from pipeline.custom import Custom, images_at
 from pipeline.dataset import InputError, Source
 from pipeline.images import Rejected, decode, read_image
@@ -22,6 +23,8 @@ from pipeline.index import NAME, Shards, read_index
 from pipeline.layout import identified, stable_ids
 from pipeline.raw import fetch
 from pipeline.views import fitted
+
+NO_COLUMNS = Columns()
 
 # Some of `Images.rows` → id, key and pixels (HWC RGB uint8) of each, or why there are none.
 Reader = Callable[[pa.Table], Iterator[tuple[int, str, np.ndarray | Rejected]]]
@@ -37,12 +40,12 @@ class Images:
     class_names: tuple[str, ...] = ()  # of shards
 
 
-def open_images(url: str, split: str, short_side: int) -> Images:
+def open_images(url: str, split: str, short_side: int, columns: Columns = NO_COLUMNS) -> Images:
     """Return the images at `url`: those of shards (of one `split`, or all where it is ""), or all there are by their
     names.
 
     Images in a folder, an archive or a table become what ingest would store, so `short_side` means what it means there;
-    ids and keys are those of pipeline.custom.
+    ids and keys are those of pipeline.custom, and `columns` are the names of a table's.
     Raises InputError where there are none, or what lists them cannot be read.
     """
     fs, path = storage.connect(url)
@@ -57,7 +60,7 @@ def open_images(url: str, split: str, short_side: int) -> Images:
         return Images(table, partial(_read_shards, shards=shards), shards.digest, index.class_names)
     if split:
         raise InputError(f"{url} holds no shards, so it has no {split} set: leave --split out")
-    found = images_at(url)
+    found = images_at(url, columns)
     if not len(found):
         raise InputError(f"no images in {url}: give shards, a folder or archive of images, a .csv or .parquet")
     # What is listed twice is one image.

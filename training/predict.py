@@ -24,6 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
 from pipeline import command, compute, job, predictions
+from pipeline.columns import Columns
 from pipeline.dataset import InputError
 from pipeline.job import JobProgress
 from pipeline.predictions import Predictions
@@ -62,6 +63,10 @@ class Request:
     short_side: int = 256
     """Larger images that are not of shards are first shrunk, as ingest does, until their shorter side has this many
     pixels; 0 keeps their size."""
+    image_column: str = ""
+    """Column of a table with images or their paths; by default uri, path, image_path, file_name or url."""
+    id_column: str = ""
+    """Column of a table with a name of each image; by default id, where Parquet holds the images."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -82,7 +87,8 @@ def predict(request: Request, console: Console | None = None) -> Predictions:
     classes = len(model.class_names)
     if request.top > classes:
         raise InputError(f"top is {request.top} and the model knows {classes} classes: ask for fewer")
-    images = open_images(request.images, request.split, request.short_side)
+    columns = Columns(image=request.image_column, id=request.id_column)
+    images = open_images(request.images, request.split, request.short_side, columns)
     if images.class_names:
         model.require(images.class_names, request.images)
     about = Predictions(

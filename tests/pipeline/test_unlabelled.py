@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cifar import Cifar
+from pipeline.columns import Columns
 from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from pipeline.images import Rejected, check_image, decode, read_image
@@ -132,6 +133,16 @@ def test_every_row_of_parquet_is_an_image_whatever_its_id(tmp_path, ids):
     keys = open_images(str(tmp_path), "", 0).rows["key"].to_pylist()
     own = [0, 1]  # ids where they differ within a file, else numbers of rows
     assert sorted(keys) == sorted(f"{name}.parquet:{row}" for name in ("a", "b") for row in own)
+
+
+def test_columns_may_have_other_names(folder):
+    names = sorted(FILES)
+    pq.write_table(pa.table({"photo": names, "code": [f"n{k}" for k in range(len(names))]}), f"{folder}/list.parquet")
+    images = open_images(f"{folder}/list.parquet", "", 0, Columns(image="Photo", id="code"))
+    assert images.rows["key"].to_pylist() == [f"n{k}" for k in range(len(names))]
+    assert [file.rpartition("/")[2] for file in images.rows["file"].to_pylist()] == [
+        n.rpartition("/")[2] for n in names
+    ]
 
 
 def test_rows_without_a_name_are_refused(tmp_path):
