@@ -51,12 +51,19 @@ class Recipe:
     group: int = 25
     """Noisy examples of one group: the unit of order, handed to workers in turn. The number of workers changes nothing
     as long as it divides batch/group."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """What updates the parameters (paper: SGD). The lookahead is that of the optimiser, and exact in either."""
     momentum: float = 0.9
-    """Momentum of SGD, read by the lookahead (paper: 0.9)."""
+    """Momentum of SGD, or AdamW's β₁, read by the lookahead (paper: 0.9)."""
+    beta2: float = 0.999
+    """AdamW's β₂: how slowly its mean of squared gradients moves."""
     weight_decay: float = 5e-4
-    """Weight decay in PyTorch's sense (WRN 5e-4, ResNet-29 2e-4, ResNet-50 4e-4)."""
+    """Weight decay in PyTorch's sense, coupled in SGD (WRN 5e-4, ResNet-29 2e-4, ResNet-50 4e-4), decoupled in AdamW
+    (0.05 is usual)."""
     decay: Literal["all", "kernels"] = "all"
     """What weight decay acts on: all parameters (WRN), or kernels of convolutions and linear layers (ResNet-29)."""
+    clip: float = 0.0
+    """Norm that the gradient of all parameters together is clipped to, in the lookahead as well; 0: not at all."""
     workers: int | tuple[int, int] = 1
     """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process. Of two
     numbers, least and most, the run takes what the cluster has, and goes on with the rest as machines come and go."""
@@ -105,13 +112,15 @@ class Recipe:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
-        for name in ("evaluate_every", "weight_decay", "seed", "checkpoint_steps", "checkpoint_minutes", "pass_groups"):
+        at_least_0 = ("evaluate_every", "weight_decay", "seed", "checkpoint_steps", "checkpoint_minutes", "pass_groups")
+        for name in (*at_least_0, "clip"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: it must be below 2^32")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
+        for name in ("momentum", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if not self.name or "/" in self.name:
             raise ValueError(f"name is {self.name!r}: it must be a folder name")
         if not self.timeout > 0:

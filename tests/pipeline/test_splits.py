@@ -47,9 +47,7 @@ def test_a_value_is_a_known_word_or_a_name_of_its_own(value, split):
     assert splits.of_value(value) == split
 
 
-@pytest.mark.parametrize(
-    "value", ["", "n/a", "../up", ".x", "a\\b", "train1", "un-trusted", "x" * 65, "-", "\0"]
-)
+@pytest.mark.parametrize("value", ["", "n/a", "../up", ".x", "a\\b", "train1", "un-trusted", "x" * 65, "-", "\0"])
 def test_what_cannot_be_the_name_of_a_split_is_none(value):
     assert splits.of_value(value) is None
 

@@ -104,11 +104,7 @@ class Sgd:
     ) -> None:
         """Begin without velocity; `decays` names the parameters of a module that weight decay acts on."""
         self.model, self.momentum, self.weight_decay, self.decayed = model, momentum, weight_decay, decays(model)
-        held = [(dict(module.named_parameters()), decays(module)) for module in (model, memory)]
-        decay = [value for values, names in held for name, value in values.items() if name in names]
-        other = [value for values, names in held for name, value in values.items() if name not in names]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.0, momentum=momentum)
+        self.optimizer = torch.optim.SGD(by_decay(model, memory, weight_decay, decays), lr=0.0, momentum=momentum)
 
     def descent(self) -> SgdDescent:
         """Return the next update as a meta step sees it."""
@@ -136,6 +132,17 @@ class Sgd:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
         self.optimizer.load_state_dict(saved)
+
+
+def by_decay(
+    model: nn.Module, memory: nn.Module, weight_decay: float, decays: Callable[[nn.Module], frozenset[str]]
+) -> list[dict[str, Any]]:
+    """Return the groups of parameters as torch's optimisers take them: those that weight decay acts on, then others."""
+    held = [(dict(module.named_parameters()), decays(module)) for module in (model, memory)]
+    decay = [value for values, names in held for name, value in values.items() if name in names]
+    other = [value for values, names in held for name, value in values.items() if name not in names]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _add(values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:

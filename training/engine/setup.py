@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from training.engine import networks
-from training.engine.optimiser import Sgd, everything, kernels
+from training.engine.adamw import AdamW
+from training.engine.clipping import Clipped
+from training.engine.optimiser import Optimiser, Sgd, everything, kernels
 from training.engine.passes.network import Passes
 from training.engine.state import TrainState
 from training.recipe import Recipe
@@ -40,15 +42,23 @@ def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device:
     """Build the state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
     model = new_network(recipe, classes, workers, device)
     memory = recipe.objective.memory(model, examples, classes).to(device)
-
-    optimiser = Sgd(
-        model,
-        memory,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        decays=everything if recipe.decay == "all" else kernels,
-    )
+    optimiser = new_optimiser(recipe, model, memory)
     return TrainState(model, optimiser, average=recipe.objective.average_parameters, memory=memory)
+
+
+def new_optimiser(recipe: Recipe, model: nn.Module, memory: nn.Module) -> Optimiser:
+    """Return the recipe's optimiser of a model and of its objective's memory, before its first update."""
+    decays = everything if recipe.decay == "all" else kernels
+    momentum, weight_decay = recipe.momentum, recipe.weight_decay
+    if recipe.optimiser == "adamw":
+        optimiser: Optimiser = AdamW(
+            model, memory, momentum=momentum, weight_decay=weight_decay, decays=decays, beta2=recipe.beta2
+        )
+    else:
+        optimiser = Sgd(model, memory, momentum=momentum, weight_decay=weight_decay, decays=decays)
+    if recipe.clip:
+        optimiser = Clipped(optimiser, [*model.parameters(), *memory.parameters()], recipe.clip)
+    return optimiser
 
 
 def resume(state: TrainState, folder: str, rank: int, world: int) -> list[dict[str, float]]:

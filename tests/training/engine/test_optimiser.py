@@ -9,9 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from training.engine.adamw import AdamW
+from training.engine.clipping import Clipped
 from training.engine.optimiser import Sgd, kernels
 
-OPTIMISERS = [Sgd]
+
+def clipped(make):
+    """An optimiser of clipped gradients; those of the tests have norms of about 5."""
+
+    def made(model, memory, **settings):
+        return Clipped(make(model, memory, **settings), [*model.parameters(), *memory.parameters()], norm=2.0)
+
+    return made
+
+
+OPTIMISERS = [Sgd, AdamW, clipped(Sgd), clipped(AdamW)]
 RATES = (0.1, 0.03, 0.2)
 
 
@@ -94,3 +106,25 @@ def test_a_loaded_state_goes_on_with_the_same_bits(make, tmp_path):
     optimiser.update(0.1)
     other.update(0.1)
     torch.testing.assert_close(values_of(twin), values_of(model), rtol=0, atol=0)
+
+
+def test_a_gradient_below_the_norm_is_as_it_is():
+    model, rng = small(), torch.Generator().manual_seed(0)
+    gradients, values = draw_gradients(model, rng), values_of(model)
+    wide = Clipped(made(Sgd, model), list(model.parameters()), norm=1e3).descent()
+    plain = made(Sgd, model).descent()
+    torch.testing.assert_close(wide.look_ahead(values, gradients, 0.1), plain.look_ahead(values, gradients, 0.1))
+    direction = {name: torch.randn_like(value) for name, value in values.items()}
+    torch.testing.assert_close(wide.pull_back(direction, gradients), plain.pull_back(direction, gradients))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_in_adamw_s_first_step_gradients_of_any_size_but_eps_tell_nothing(eps):
+    """D = ε/(|g|+ε)², at most 1/ε: the first step goes by the sign of a gradient alone."""
+    model = small()
+    descent = AdamW(model, nn.Module(), momentum=0.9, weight_decay=0.0, eps=eps).descent()
+    for size in (0.0, eps / 10, eps, 1.0):
+        gradients = [torch.full_like(value, size) for value in model.parameters()]
+        direction = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+        for pulled in descent.pull_back(direction, gradients).values():
+            torch.testing.assert_close(pulled, torch.full_like(pulled, eps / (size + eps) ** 2), rtol=1e-6, atol=0)
