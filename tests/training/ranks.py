@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 import training.engine.collectives
 from training.engine import networks
+from training.engine.adamw import AdamW
+from training.engine.clipping import Clipped
 from training.engine.collectives import Processes, WorkersError
 from training.engine.optimiser import Sgd
 from training.engine.state import TrainState
@@ -45,11 +48,6 @@ GLOBAL = {  # on two workers they are what they are on one
     "second_order of paper": replace(paper(), engine="second_order"),
     "second_order of reweight": Reweight(engine="second_order"),
 }
-CASES = {
-    **{name: (objective, torch.float64) for name, objective in GLOBAL.items()},
-    "replica": (replace(reference(), scope="replica"), torch.float64),
-    "float32": (reference(), torch.float32),
-}
 
 
 def batch_of(step: int, rank: int, world: int, dtype: torch.dtype) -> Batch:
@@ -74,17 +72,26 @@ def batch_of(step: int, rank: int, world: int, dtype: torch.dtype) -> Batch:
     )
 
 
-def new_state(objective, dtype: torch.dtype) -> TrainState:
+def sgd(model, memory):
+    return Sgd(model, memory, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(model, memory):
+    """Of clipped gradients, whose norm all workers must agree on."""
+    inner = AdamW(model, memory, momentum=0.9, weight_decay=0.01)
+    return Clipped(inner, [*model.parameters(), *memory.parameters()], norm=0.5)
+
+
+def new_state(objective, dtype: torch.dtype, make: Callable = sgd) -> TrainState:
     """The same on every worker."""
     model = networks.build("wrn-10-1:group", 3, CLASSES, seed=1).to(dtype)
     memory = objective.memory(model, EXAMPLES, CLASSES)
-    optimiser = Sgd(model, memory, momentum=0.9, weight_decay=0.01)
-    return TrainState(model, optimiser, average=objective.average_parameters, memory=memory)
+    return TrainState(model, make(model, memory), average=objective.average_parameters, memory=memory)
 
 
-def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:
+def train(objective, dtype: torch.dtype, make: Callable, rank: int, world: int) -> dict:
     """Parameters, averages, memory, every step's coefficients and total, and the traffic, after STEPS steps."""
-    state = new_state(objective, dtype)
+    state = new_state(objective, dtype, make)
     workers = Processes() if world > 1 else Alone()
     said, totals = [], []
     for step in range(STEPS):
@@ -98,6 +105,15 @@ def train(objective, dtype: torch.dtype, rank: int, world: int) -> dict:
         "parameters": parameters, "averaged": state.averaged, "memory": dict(state.memory.state_dict()), "said": said,
         "totals": totals, "traffic": traffic,
     }  # fmt: skip
+
+
+CASES = {
+    **{name: (objective, torch.float64, sgd) for name, objective in GLOBAL.items()},
+    "replica": (replace(reference(), scope="replica"), torch.float64, sgd),
+    "float32": (reference(), torch.float32, sgd),
+    "adamw": (reference(), torch.float64, adamw),
+    "adamw of winnow": (winnow(), torch.float64, adamw),
+}
 
 
 def run(rank: int, world: int) -> dict:

@@ -103,6 +103,16 @@ def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatc
     assert_same(run(made[1])[0], run(made[0])[0])
 
 
+def test_an_optimiser_s_moments_go_on_too(tmp_path, local_ray, monkeypatch):
+    changes = {"optimiser": "adamw", "clip": 1.0, "schedule": replace(short(tmp_path).schedule, lr=0.003)}
+    made = [replace(short(tmp_path / name), **changes) for name in ("whole", "killed")]
+    with monkeypatch.context() as patched:
+        killed(patched, worker, "update", 12)
+        with pytest.raises(Killed):
+            run(made[1])
+    assert_same(run(made[1])[0], run(made[0])[0])
+
+
 def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
     for _ in range(3):
         with monkeypatch.context() as patched:
