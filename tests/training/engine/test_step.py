@@ -78,7 +78,9 @@ def in_group_order(parts: list[torch.Tensor], group: int) -> torch.Tensor:
     return torch.stack([part.reshape(-1, group) for part in parts], 1).flatten()
 
 
-@pytest.mark.parametrize(("case", "tolerance"), [*((case, 1e-10) for case in GLOBAL), ("float32", 1e-6)])
+@pytest.mark.parametrize(
+    ("case", "tolerance"), [*((case, 1e-10) for case in (*GLOBAL, "adamw", "adamw of winnow")), ("float32", 1e-6)]
+)
 def test_two_workers_train_as_one(case, tolerance, both, alone):
     one, two = alone[case], [worker["runs"][case] for worker in both]
     for key in ("parameters", "averaged"):
