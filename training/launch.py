@@ -27,6 +27,7 @@ from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
+from training.engine import pretrained
 from training.engine.loop import train
 from training.engine.setup import new_network
 from training.engine.worker import Job
@@ -140,6 +141,8 @@ def _prepare(recipe: Recipe, console: Console) -> Start:
     step, history = _resume_point(folder, recipe, dataset.digest, console)
     if recipe.start_from and not step:
         _check_start(recipe, dataset)
+    if recipe.weights and not step:
+        _fetch_weights(recipe, len(dataset.class_names), folder, console)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if step:
@@ -278,10 +281,37 @@ def _check_start(recipe: Recipe, dataset: Dataset) -> None:
         )
 
 
+def _fetch_weights(recipe: Recipe, classes: int, folder: str, console: Console) -> None:
+    """Read the weights to start from, once, and write them into the run's folder as they fit its network."""
+    found, sha256 = pretrained.read(recipe.weights, recipe.network)
+    network = new_network(replace(recipe, precision="float32"), classes, 1, torch.device("cpu"))
+    tensors, new = pretrained.fitted(network, found)
+    pretrained.write(folder, tensors, sha256)
+    console.print(
+        f"{recipe.name}: starts from {recipe.network}, {len(found)} tensors, sha256 {sha256[:16]}"
+        f"{f'; new: {chr(44).join(new)}' if new else ''}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _check_network(recipe: Recipe) -> None:
-    """Build the network for any classes, without memory, to refuse early an unknown name and what it cannot do."""
+    """Build the network for any classes and show it a blank image, without memory, to refuse early what cannot work."""
+    height, width, channels = recipe.dataset.shape
     try:
         with torch.device("meta") as nowhere:
-            new_network(recipe, classes=10, workers=recipe.most_workers or 1, device=nowhere)
+            network = new_network(recipe, classes=10, workers=recipe.most_workers or 1, device=nowhere).eval()
+            image_BCHW = torch.empty(2, channels, height, width)
+            if recipe.precision == "float64":
+                network, image_BCHW = network.double(), image_BCHW.double()
+            with torch.no_grad():
+                network(image_BCHW)
     except ValueError as error:
         raise InputError(str(error)) from error
+    except NotImplementedError:
+        pass  # without memory some operations are not there: then it shows later
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{recipe.network} cannot take images of {height}×{width} px ({first}): change the size or the network"
+        ) from error

@@ -23,6 +23,8 @@ from training.objectives.ieg import Ieg
 from training.objectives.interface import Objective
 from training.objectives.registry import METHODS
 
+HUB = "pretrained"  # weights of timm's own hub
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -41,7 +43,13 @@ class Recipe:
     start_from: str = ""
     """Folder or URL of a finished run whose weights this one starts from: same network and classes, new schedule."""
     network: str = "wrn-28-10"
-    """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name."""
+    """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name, with
+    or without a tag: resnet50.a1_in1k."""
+    weights: str = ""
+    """What a timm network starts from: pretrained (timm's hub), or a .safetensors or .pth file at any path or URL. With
+    other classes it gets a new last layer; images come to it with the mean and deviation it was trained with."""
+    drop_path: float = 0.0
+    """Probability at which a timm network leaves out its last block, falling to 0 at the first (stochastic depth)."""
     schedule: Schedule = field(default_factory=Schedule)
     """Learning rate over the steps, and how many steps there are."""
     batch: int = 100
@@ -118,7 +126,7 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: it must be below 2^32")
-        for name in ("momentum", "beta2"):
+        for name in ("momentum", "beta2", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if not self.name or "/" in self.name:
@@ -288,7 +296,8 @@ def read_fields(url: str) -> dict[str, Any]:
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain data without its URLs, which may hold secrets: for trackers and model files."""
-    return {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
+    plain = {name: value for name, value in as_json(recipe).items() if name not in ("data", "storage", "start_from")}
+    return plain | {"weights": "a file" if recipe.weights not in ("", HUB) else recipe.weights}
 
 
 def source_of(data: Mapping[str, Any]) -> Source:

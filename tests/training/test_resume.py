@@ -1,12 +1,14 @@
 """A run that was stopped anywhere and started again ends to the bit as one that was not: weights, ledger, history."""
 
 import io
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray.train
+import timm
 import torch
 from rich.console import Console
 
@@ -19,7 +21,7 @@ from training.engine.chronicle import Chronicle
 from training.engine.schedule import Schedule
 from training.objectives.registry import METHODS
 from training.recipe import Recipe
-from training.runs import checkpoint, ledger, notes
+from training.runs import checkpoint, ledger, model_file, notes
 
 ORDER = [("step", "ascending"), ("id", "ascending")]
 
@@ -111,6 +113,29 @@ def test_an_optimiser_s_moments_go_on_too(tmp_path, local_ray, monkeypatch):
         with pytest.raises(Killed):
             run(made[1])
     assert_same(run(made[1])[0], run(made[0])[0])
+
+
+def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path, local_ray, monkeypatch):
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    made = [
+        replace(short(tmp_path / name), network="resnet10t", weights=str(tmp_path / "weights.pth"), optimiser="adamw")
+        for name in ("whole", "killed")
+    ]
+    whole, printed = run(made[0])
+    assert re.search("starts from resnet10t, .* tensors, sha256 [0-9a-f]{16}; new: fc.bias,fc.weight", printed)
+    with monkeypatch.context() as patched:
+        killed(patched, worker, "update", 12)
+        with pytest.raises(Killed):
+            run(made[1])
+    (tmp_path / "weights.pth").unlink()
+    assert_same(run(made[1])[0], whole)
+    model = model_file.read(whole.folder)
+    assert model.recipe["weights"] == "a file"
+    mean = torch.tensor(timm.get_pretrained_cfg("resnet10t").mean).mean()
+    std = torch.tensor(timm.get_pretrained_cfg("resnet10t").std).mean()
+    network = model.bare_network(torch.float32)
+    torch.testing.assert_close(network.input_scale.flatten(), (0.5 / std)[None])
+    torch.testing.assert_close(network.input_shift.flatten(), ((0.5 - mean) / std)[None])
 
 
 def test_stopped_again_and_again(whole, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from ray.util.metrics import Gauge
 
 from pipeline import stream
 from pipeline.dataset import InputError
-from training.engine import setup
+from training.engine import pretrained, setup
 from training.engine.chronicle import Chronicle, Silent
 from training.engine.collectives import Processes, WorkersError
 from training.engine.monitor import NotFiniteError
@@ -70,6 +70,8 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
         return history
     if recipe.start_from and not state.step:
         state.load_weights(dict(model_file.read(recipe.start_from).weights))
+    elif recipe.weights and not state.step:
+        state.load_weights(pretrained.start(job.folder))
     chronicle = Silent()
     if rank == 0:
         gauges = {name: Gauge(f"winnow_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,20 +178,35 @@ def vgg13(channels: int, classes: int) -> nn.Module:
 SMALL_IMAGES = {"densenet100": densenet100, "vgg13": vgg13}
 
 
-def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
+def build(
+    name: str,
+    channels: int,
+    classes: int,
+    seed: int,
+    *,
+    size: int = 0,
+    drop_path: float = 0.0,
+    own_input: bool = False,
+) -> nn.Module:
     """Build the randomly initialised network called `name`, the same for the same seed.
 
     `wrn-28-10`, `resnet29` (the authors' variant), `resnet29-preact`; `:group` behind these replaces batch by group
-    normalisation; `densenet100`, `vgg13`; any other name is timm's. Raises ValueError, with the closest names, for an
-    unknown one.
+    normalisation; `densenet100`, `vgg13`; any other name is timm's, with or without a tag (`resnet50.a1_in1k`). Of
+    those, networks that are built for a size are built for `size` px, blocks are left out with probability
+    `drop_path` at the last one, and with `own_input` the network maps images from −1…1 to what its weights expect.
+    Raises ValueError, with the closest names, for an unknown one.
     """
     base, _, suffix = name.partition(":")
     if suffix not in ("", "group"):
         raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
     norm: Norm = group_norm if suffix else nn.BatchNorm2d
+    match = re.fullmatch(r"wrn-(\d+)-(\d+)", base)
+    ours = match or base in ("resnet29", "resnet29-preact", *SMALL_IMAGES)
+    if ours and (drop_path or own_input):
+        raise ValueError(f"network {name!r} has neither drop path nor pretrained weights: choose one of timm's")
     with torch.random.fork_rng(devices=[]):  # initialised on the CPU; a bare fork would open every GPU
         torch.manual_seed(seed)
-        if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
+        if match:
             return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)
         if base in ("resnet29", "resnet29-preact"):
             return resnet29(channels, classes, norm, first_activation=base == "resnet29-preact")
@@ -198,16 +214,59 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
             return SMALL_IMAGES[base](channels, classes)
         if suffix:
             raise ValueError(f"network {name!r}: ':group' goes with wrn-DEPTH-WIDTH and resnet29 only")
-        return _timm_model(name, channels, classes)
+        network = _timm_model(name, channels, classes, size, drop_path)
+    return with_own_input(network, channels) if own_input else network
 
 
-def _timm_model(name: str, channels: int, classes: int) -> nn.Module:
+def _timm_model(name: str, channels: int, classes: int, size: int, drop_path: float) -> nn.Module:
     import timm  # several seconds to import: only where a timm network is asked for
 
-    if name not in timm.list_models():
+    if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
         import difflib
 
-        close = difflib.get_close_matches(name, ["resnet29", "wrn-28-10", *SMALL_IMAGES, *timm.list_models()], 3)
+        known = ["resnet29", "wrn-28-10", *SMALL_IMAGES, *timm.list_models(), *("." in name) * timm.list_pretrained()]
+        close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "use wrn-DEPTH-WIDTH, resnet29 or a timm name"
         raise ValueError(f"unknown network {name!r}: {hint}")
-    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    settings: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
+    if drop_path:
+        settings["drop_path_rate"] = drop_path
+    try:
+        if size:
+            return timm.create_model(name, img_size=size, **settings)
+    except TypeError:
+        pass  # networks that take images of any size do not ask for one
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"network {name} cannot be built for {size} px ({_line(error)}): change the size") from None
+    try:
+        return timm.create_model(name, **settings)
+    except TypeError as error:
+        if "drop_path_rate" in str(error):
+            raise ValueError(f"network {name} has no drop path: leave drop_path out") from None
+        raise
+
+
+def with_own_input(network: nn.Module, channels: int) -> nn.Module:
+    """Let a timm network map what it is given, −1…1, to the mean and deviation that its weights were trained with.
+
+    Both are buffers: they go where the weights go, into checkpoints, the model file and ONNX. Of other channels than
+    the weights knew each has the mean of all.
+    """
+    config: Any = network.pretrained_cfg  # of 0…1
+    mean, std = (torch.tensor(config[key], dtype=torch.get_default_dtype()) for key in ("mean", "std"))
+    if channels != len(mean):
+        mean, std = mean.mean().expand(channels), std.mean().expand(channels)
+    network.register_buffer("input_scale", (0.5 / std).reshape(-1, 1, 1).clone())
+    network.register_buffer("input_shift", ((0.5 - mean) / std).reshape(-1, 1, 1).clone())
+    network.register_forward_pre_hook(_own_input)
+    return network
+
+
+def _own_input(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image_BCHW, *others = inputs
+    scale, shift = network.get_buffer("input_scale"), network.get_buffer("input_shift")
+    return (image_BCHW * scale.to(image_BCHW.dtype) + shift.to(image_BCHW.dtype), *others)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,7 +23,16 @@ def new_network(recipe: Recipe, classes: int, workers: int, device: torch.device
 
     Raises ValueError for an unknown name, and for what the network cannot be or do.
     """
-    network: nn.Module = networks.build(recipe.network, recipe.dataset.shape[-1], classes, recipe.seed).to(device)
+    height, _, channels = recipe.dataset.shape
+    network: nn.Module = networks.build(
+        recipe.network,
+        channels,
+        classes,
+        recipe.seed,
+        size=height,
+        drop_path=recipe.drop_path,
+        own_input=bool(recipe.weights),
+    ).to(device)
     chunks = recipe.groups // workers // recipe.pass_groups if recipe.pass_groups else 1
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.get_default_dtype()
     if chunks == 1 and dtype != torch.bfloat16 and not (recipe.channels_last or recipe.recompute or recipe.compile):

@@ -85,7 +85,11 @@ class ModelFile:
         Raises InputError where it is unknown, or the weights do not fit it.
         """
         try:
-            network = networks.build(self.recipe["network"], self.source.shape[-1], len(self.class_names), seed=0)
+            height, _, channels = self.source.shape
+            own_input = bool(self.recipe.get("weights"))
+            network = networks.build(
+                self.recipe["network"], channels, len(self.class_names), seed=0, size=height, own_input=own_input
+            )
             network.to(dtype).load_state_dict(dict(self.weights))
         except ValueError as error:
             raise InputError(f"{self.url}: {error}") from None

@@ -1,0 +1,146 @@
+"""Weights that someone else has trained, as a start: from timm's hub, or a file at any URL.
+
+Shapes: K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.dataset import InputError
+from training.recipe import HUB
+
+NAME = "start.safetensors"  # in a run's folder: the weights it starts from, as they fit its network
+NESTED = ("state_dict", "model", "model_ema", "state_dict_ema")  # where training scripts keep a network's weights
+PREFIXES = ("module.", "model.")  # what wrappers put before its names
+
+
+def read(weights: str, network: str) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors at a URL, .safetensors or .pth, or those that timm's hub has for `network`; and their sha256.
+
+    Nothing is unpickled but tensors. Raises InputError where there are none, or none that can be read.
+    """
+    if weights == HUB:
+        return _of_hub(network)
+    try:
+        data = storage.read(*storage.connect(weights))
+    except FileNotFoundError:
+        raise InputError(f"there are no weights at {weights}: give a .safetensors or .pth file") from None
+    try:
+        held = (
+            load(data) if weights.endswith(".safetensors") else torch.load(io.BytesIO(data), "cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        what = f"{weights} holds no weights that can be read safely ({type(error).__name__})"
+        raise InputError(f"{what}: give safetensors, or a .pth of tensors alone") from None
+    return _flat(held, weights), hashlib.sha256(data).hexdigest()
+
+
+def _of_hub(network: str) -> tuple[dict[str, Tensor], str]:
+    import timm
+
+    try:
+        tensors = timm.create_model(network, pretrained=True).state_dict()
+    except Exception as error:  # hub and network raise what they like
+        what = f"timm's hub gives no weights of {network} here ({type(error).__name__})"
+        raise InputError(f"{what}: check the network, or give a file: --weights PATH") from None
+    return dict(tensors), hashlib.sha256(save({n: v.contiguous() for n, v in tensors.items()})).hexdigest()
+
+
+def _flat(held: Any, weights: str) -> dict[str, Tensor]:
+    # Name -> tensor, however a training script has wrapped it.
+    for key in NESTED:
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    tensors = (
+        {name: value for name, value in held.items() if isinstance(value, Tensor)} if isinstance(held, Mapping) else {}
+    )
+    if not tensors:
+        raise InputError(f"{weights} holds no tensors by name: give the state dict of a network")
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def fitted(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a whole state dict of `network`, with `weights` where they belong; and the names that keep their start.
+
+    These are the last layer where it has other classes, and the network's own input. Position embeddings are resized
+    and first kernels summed over channels as timm does it. Raises InputError, naming tensors, for any other that is
+    missing, unknown, or of another shape.
+    """
+    own, adapted = network.state_dict(), _adapted(network, weights)
+    new = {name for name in own if name.startswith("input_") or (_counts(name) and name not in adapted)}
+    head = {name for name in _heads(network) if name not in adapted or adapted[name].shape != own[name].shape}
+    known = own.keys() - new - head
+    _require_none("lack", known - adapted.keys())
+    _require_none("have, unknown to the network,", {name for name in adapted.keys() - own.keys() if not _counts(name)})
+    for name in sorted(known):
+        if adapted[name].shape != own[name].shape:
+            raise InputError(
+                f"the weights have {name} of {tuple(adapted[name].shape)} where the network has "
+                f"{tuple(own[name].shape)}: give those of this network"
+            )
+    return {n: adapted[n].to(own[n].dtype) if n in known else own[n] for n in own}, sorted(head)
+
+
+def _require_none(what: str, names: set[str]) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"the weights {what} {some}{more}: give those of this network")
+
+
+def _counts(name: str) -> bool:
+    # Batch norm's count of batches: older files have none.
+    return name.endswith("num_batches_tracked")
+
+
+def _heads(network: nn.Module) -> set[str]:
+    # Names of the tensors of the last layer, as timm tells it.
+    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (named,) if isinstance(named, str) else tuple(named)
+    return {name for name in network.state_dict() if name.rpartition(".")[0] in heads}
+
+
+def _adapted(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Position embeddings for another size, old names: as the network's own module in timm does it. Other channels too.
+    from timm.models import adapt_input_conv
+
+    adapted = dict(weights)
+    own_filter = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if own_filter:
+        adapted = dict(own_filter(adapted, network))
+    config = getattr(network, "pretrained_cfg", {})
+    first = config.get("first_conv") or ()
+    for conv in (first,) if isinstance(first, str) else first:
+        name, own = f"{conv}.weight", network.state_dict()
+        if name in adapted and name in own and adapted[name].shape[1] == 3 != own[name].shape[1]:
+            adapted[name] = adapt_input_conv(own[name].shape[1], adapted[name])
+    return adapted
+
+
+def write(folder: str, tensors: Mapping[str, Tensor], sha256: str) -> None:
+    """Write the weights a run starts from into its folder, with the checksum of what they were read from."""
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    storage.write(*storage.connect(storage.join(folder, NAME)), save(held, {"sha256": sha256}))
+
+
+def start(folder: str) -> dict[str, Tensor]:
+    """Return the weights a run starts from. Raises InputError where they are missing."""
+    try:
+        return load(storage.read(*storage.connect(storage.join(folder, NAME))))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {NAME}: start the run again") from None
