@@ -129,6 +129,12 @@ class Recipe:
         for name in ("momentum", "beta2", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        ahead = getattr(self.objective, "lookahead_lr", None)
+        if self.optimiser == "adamw" and ahead is not None and ahead > 10 * self.schedule.lr:
+            raise ValueError(
+                f"objective.lookahead_lr {ahead} is made for SGD: AdamW moves every parameter by about that much; "
+                "set it to None (the schedule's rate), or near schedule.lr"
+            )
         if not self.name or "/" in self.name:
             raise ValueError(f"name is {self.name!r}: it must be a folder name")
         if not self.timeout > 0:
