@@ -55,6 +55,11 @@ class Options:
     sample: int = 200
     """Images to read and decode, of all splits together; 0 reads none."""
 
+    duplicates: bool = False
+    """Look for copies of images across splits and within them, also if compressed anew or scaled. Reads every image."""
+    pairs: str = "duplicates.csv"
+    """File that --duplicates writes: all pairs of copies. A local path or any fsspec URL."""
+
     def __post_init__(self) -> None:
         if self.sample < 0:
             raise ValueError(f"sample is {self.sample}: it must be 0 or more")
@@ -72,15 +77,24 @@ class Report:
         return sum(finding.level == level for finding in self.findings)
 
 
-def check(layout: Layout | CifarFiles, url: str, sample: int = 200) -> Report:
+def check(
+    layout: Layout | CifarFiles, url: str, sample: int = 200, pairs: str = "", console: Console | None = None
+) -> Report:
     """Report on the raw data set at `url`; `sample` images of all its splits are read and decoded.
 
+    With `pairs`, a file to write, every image is read, and those that are copies of each other are found.
     Raises InputError where a list is missing or wrong, so that nothing more can be found.
     """
     if isinstance(layout, CifarFiles):
+        if pairs:
+            raise InputError("copies are not looked for in cifar: leave out --duplicates")
         return Report(tuple(_of_cifar(layout, url)))
     listing = layout.listing(url, look_around=True)
     findings = [*_of_counts(listing), *_of_classes(listing), *_of_files(listing), *_of_images(listing, sample)]
+    if pairs:
+        from pipeline.duplicates import duplicates  # loads Ray, in seconds
+
+        findings += duplicates(listing, pairs, console or Console(highlight=False))
     # A layout may know a better fix for what is found here too: the same words come once, from the layout.
     unique = {finding.what: finding for finding in (*findings, *listing.findings)}
     return Report(tuple(unique.values()), listing)
@@ -229,11 +243,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check what the command line names; the exit status."""
     layouts = {**command.LAYOUTS, CifarFiles.name: CifarFiles}
     chosen = command.parse("pipeline.check", __doc__, layouts, Options, arguments)
+    console, options = Console(highlight=False), chosen.options
     try:
-        report = check(chosen.layout, chosen.url, chosen.options.sample)
+        report = check(chosen.layout, chosen.url, options.sample, options.pairs if options.duplicates else "", console)
     except (InputError, ConnectionError) as error:  # nothing more can be found
         report = Report((Finding("error", str(error)),))
-    show(report, Console(highlight=False))
+    show(report, console)
     return 1 if report.count("error") else 0
 
 

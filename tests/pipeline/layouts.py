@@ -26,6 +26,16 @@ def photos(classes: int, per_class: int, size: int = 32) -> list[list[bytes]]:
     return [[jpeg(cv2.resize(image, (size, size))) for image in of_class] for of_class in coarse]
 
 
+def scenes(count: int, size: int = 160, seed: int = 0) -> list[np.ndarray]:
+    """Pictures with coarse and fine detail, as photographs have it: H×W×C uint8, all different."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        octaves = [cv2.resize(rng.normal(0, 90 / cells, (cells, cells, 3)), (size, size)) for cells in (3, 6, 12, 24)]
+        made.append(np.clip(128 + 4 * np.sum(octaves, axis=0), 0, 255).astype(np.uint8))
+    return made
+
+
 def jpeg(image_HWC: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", image_HWC)[1].tobytes()
 
