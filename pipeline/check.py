@@ -149,7 +149,7 @@ def _of_classes(listing: Listing) -> Iterator[Finding]:
 
 
 def _per_class(listing: Listing, split: str) -> np.ndarray:
-    label_N = listing.table.filter(pc.equal(listing.table["split"], split))["label"].to_numpy()
+    label_N = listing.table["label"].filter(pc.equal(listing.table["split"], split)).to_numpy()
     return np.bincount(label_N, minlength=len(listing.class_names))
 
 
@@ -165,14 +165,14 @@ def _spread(values: np.ndarray) -> str:
 def _of_files(listing: Listing) -> Iterator[Finding]:
     table = listing.table
     for split in listing.splits:
-        part = table.filter(pc.equal(table["split"], split))
-        missing = part.filter(pc.is_null(part["file"]))["key"]
+        missing = table["key"].filter(pc.and_(pc.equal(table["split"], split), pc.is_null(table["file"])))
         if len(missing):
             level: Literal["error", "warning"] = "error" if len(missing) > REJECT * len(table) else "warning"
-            what = f"{split}: {len(missing):,} of {len(part):,} images are not there (such as {missing[0]})"
+            what = f"{split}: {len(missing):,} of {listing.count(split):,} images are not there (such as {missing[0]})"
             yield Finding(level, what, f"copy them, or their archive; ingest leaves out up to {REJECT:.0%} of all")
     if listing.unlisted > 0:
-        yield Finding("note", f"{listing.unlisted:,} image files are in no list", "they are left out")
+        what = f"{listing.unlisted:,} image files are in no list"
+        yield Finding("note", what, "they are left out", listing.unlisted)
 
 
 def _of_images(listing: Listing, sample: int) -> Iterator[Finding]:
@@ -211,14 +211,15 @@ def _looked_at(raw: bytes | Rejected) -> np.ndarray | Rejected:
 
 def _sampled(listing: Listing, sample: int) -> pa.Table:
     # Rows of the table that have a file, as many of each split, evenly over its list; of Parquet a few runs.
-    table = listing.table.filter(pc.is_valid(listing.table["file"]))
+    table = listing.table
     chosen = [table.slice(0, 0)]
     for split in listing.splits:
-        part = table.filter(pc.equal(table["split"], split))
-        run = RUN if len(part) and part["how"][0].as_py() == "row" else 1
-        starts = np.linspace(0, len(part), -(-sample // (run * len(listing.splits))), endpoint=False, dtype=np.int64)
+        mask = pc.and_(pc.equal(table["split"], split), pc.is_valid(table["file"]))
+        row_N = np.flatnonzero(mask.to_numpy())
+        run = RUN if len(row_N) and table["how"][int(row_N[0])].as_py() == "row" else 1
+        starts = np.linspace(0, len(row_N), -(-sample // (run * len(listing.splits))), endpoint=False, dtype=np.int64)
         rows_S = np.unique(starts[:, None] + np.arange(run))
-        chosen.append(part.take(pa.array(rows_S[rows_S < len(part)])))
+        chosen.append(table.take(pa.array(row_N[rows_S[rows_S < len(row_N)]])))
     return pa.concat_tables(chosen)
 
 

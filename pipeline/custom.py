@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,8 +24,8 @@ from pipeline.archive import IMAGE
 from pipeline.columns import URI, Columns
 from pipeline.dataset import InputError
 from pipeline.gathering import PLACE, Part, gather
-from pipeline.layout import Finding, Layout, Listing, identified, looked_around, settle, text_of
-from pipeline.tree import Tree, absolute, hidden
+from pipeline.layout import Finding, Layout, Listing, among, identified, looked_around, settle, text_of
+from pipeline.tree import Tree, absolute
 
 _WHOLE = re.compile("(0|[1-9][0-9]*)(?:[.]0+)?")  # as text; 007 and +1 are names
 _NEGATIVE = re.compile("-[1-9][0-9]*")
@@ -75,7 +75,8 @@ class Custom(Layout):
         table = identified(_one_key(rows), self.name, label_N, rows["split"])
         listing = Listing(table, class_names, tuple(findings), unlisted=found.unlisted)
         if look_around and found.home and not found.home.startswith(("http://", "https://")):  # which list nothing
-            listing = _with_neighbours(listing, found.home)
+            used = {*(part.where for part in found.parts), *([absolute(self.trusted)] if self.trusted else [])}
+            listing = _with_neighbours(listing, found.home, used)
         return _probe_checked(settle(listing))
 
     @property
@@ -94,15 +95,16 @@ def images_at(url: str, columns: Columns) -> pa.Table:
     return pa.concat_tables([part.rows.select([one.name for one in PLACE]) for part in found.parts])
 
 
-def _with_neighbours(listing: Listing, home: str) -> Listing:
-    # The listing with files that are missing, and with findings on those that no row names.
+def _with_neighbours(listing: Listing, home: str, used: Collection[str]) -> Listing:
+    # The listing with files that are missing, and with findings on those that no row names, but for the URLs `used`.
     tree = Tree.open(home)
     looked = looked_around(listing, tree)
-    others = [name for name in tree.walk() if not IMAGE.fullmatch(name) or hidden(name)]
-    named = set(pc.unique(listing.table["file"]).to_pylist())
-    archives = {archive.url for archive in tree.archives}
-    others = [name for name in others if f"{home}/{name}" not in named | archives and not folders.LIST.fullmatch(name)]
-    return replace(looked, findings=(*looked.findings, *folders.unread(others)))
+    known = {*used, *(archive.url for archive in tree.archives)}
+    others = [name for name in tree.walk() if not IMAGE.fullmatch(name) and f"{home}/{name}" not in known]
+    urls = pa.array([f"{home}/{name}" for name in others], pa.string())
+    named = set(among([listing.table["file"]], urls).to_pylist())
+    others = [name for name in others if f"{home}/{name}" not in named]
+    return replace(looked, findings=(*looked.findings, *folders.unread(others, (), "those of the table")))
 
 
 # ---- classes and columns ---------------------------------------------------------------------------------------------

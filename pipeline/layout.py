@@ -167,19 +167,30 @@ def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) ->
     table = listing.table
     names = list(tree.walk())
     every = pa.array([f"{tree.url}/{name}" for name in names], pa.string())
-    there = pa.array([f"{tree.url}/{name}" for name in names if IMAGE.fullmatch(name)], pa.string())
     plain = pc.and_(pc.equal(table["how"], "file"), pc.starts_with(table["file"], f"{tree.url}/"))
     missing = pc.fill_null(pc.and_(plain, pc.invert(pc.is_in(table["file"], every))), False)
-    file = pc.if_else(missing, pa.scalar(None, pa.string()), table["file"])
-    table = table.set_column(table.schema.get_field_index("file"), "file", file)
+    if pc.any(missing).as_py():
+        file = pc.if_else(missing, pa.scalar(None, pa.string()), table["file"])
+        table = table.set_column(table.schema.get_field_index("file"), "file", file)
 
-    extra = pa.table(
+    images = pa.array([f"{tree.url}/{name}" for name in names if IMAGE.fullmatch(name)], pa.string())
+    also = pa.table(
         {"file": [p[0] for p in others], "start": [p[1] for p in others]}, table.select(["file", "start"]).schema
     )
-    named = pa.concat_tables([table.select(["file", "start"]), extra]).group_by(["file", "start"]).aggregate([])["file"]
-    homes = pa.concat_arrays([there, pa.array([archive.url for archive in tree.archives], pa.string())])
-    total = len(there) + sum(len(archive.images) for archive in tree.archives)
-    return replace(listing, table=table, unlisted=total - (pc.sum(pc.is_in(named, homes)).as_py() or 0))
+    tables = [table.select(["file", "start"]), also]
+    unlisted = len(images) - len(among([each["file"] for each in tables], images))
+    if tree.archives:
+        archives = pa.array([archive.url for archive in tree.archives], pa.string())
+        inside = pa.concat_tables([each.filter(pc.is_in(each["file"], archives)) for each in tables])
+        members = sum(len(archive.images) for archive in tree.archives)
+        unlisted += members - len(inside.group_by(["file", "start"]).aggregate([]))
+    return replace(listing, table=table, unlisted=unlisted)
+
+
+def among(columns: Sequence[pa.ChunkedArray], values: pa.Array) -> pa.Array:
+    """Return those of `values` that are in any of the columns; what is held beside these is of the size of `values`."""
+    found = [column.filter(pc.is_in(column, values)).unique() for column in columns]
+    return pa.chunked_array(found, values.type).unique()
 
 
 def findings_of(tree: Tree) -> tuple[Finding, ...]:

@@ -705,6 +705,33 @@ def test_every_file_of_any_tree_is_used_or_counted(sure, more, inner):
             assert ingested(Custom().listing(f"{folder}/raw"), Path(folder, "out")) == announced(report)
 
 
+SPELLINGS = ["{}", "./{}", "x/../{}", " {} "]
+
+
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    names=st.sets(NAMES.filter(lambda name: name[-4:] not in (".tar", ".zip", ".csv")), min_size=3, max_size=9),
+)
+def test_every_file_beside_a_table_is_named_or_counted(data, names):
+    """Rows spell names in any way; what no row names is counted, and shards hold just the rows that check announced."""
+    files = files_of(names)
+    named = data.draw(st.lists(st.sampled_from(files), min_size=1, unique=True))
+    rows = [f"{data.draw(st.sampled_from(SPELLINGS)).format(name)},{'ab'[k % 2]}" for k, name in enumerate(named)]
+    with tempfile.TemporaryDirectory() as folder:
+        write(f"{folder}/raw", {name: PHOTOS[k] for k, name in enumerate(files)})
+        write(f"{folder}/raw", {"list.csv": "\n".join(["path,label", *rows]).encode()})
+        if len(named) < 2:
+            with pytest.raises(InputError, match="has one class"):
+                check.check(Custom(), f"{folder}/raw/list.csv", 0)
+            return
+        report = check.check(Custom(), f"{folder}/raw/list.csv", 0)
+        assert report.listing is not None
+        assert report.listing.table["file"].null_count == 0
+        assert sum(finding.files for finding in report.findings) + len(report.listing.table) == len(files)
+        assert ingested(Custom().listing(f"{folder}/raw/list.csv"), Path(folder, "out")) == announced(report)
+
+
 def test_the_table_of_the_docs_has_these_cases():
     rows = re.findall(r"^\| (?:\*\*)?([^|]+?) \|", (ROOT / "docs/own-data.md").read_text(), re.MULTILINE)
     known = [row for row in rows if row not in ("you give", "---", "what")]
