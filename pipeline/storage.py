@@ -192,6 +192,8 @@ def attempt(fs: Any, path: str, act: Callable[[], Result]) -> Result:
         if isinstance(error, FileNotFoundError) or _status(error) == 404:
             if is_object_store(fs):
                 _require_bucket(fs, path)
+            if isinstance(error, FileNotFoundError):
+                raise
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         place = _shown(fs.unstrip_protocol(path))
         if _is_transient(error):

@@ -11,6 +11,8 @@ import socket
 import uuid
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import FileSelector
 from rich.console import Console
@@ -197,6 +199,7 @@ def test_missing_credentials_of_azure_are_told(monkeypatch, scheme):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60)  # with the client's own waits each act takes 80 s
 def test_a_token_that_is_not_there_is_told_soon(monkeypatch, caplog):
     async def refuse(*arguments, **named):
         raise pkgutil.resolve_name("azure.core.exceptions:ClientAuthenticationError")("no token,\nSECRET")
@@ -250,6 +253,18 @@ def test_a_hub_is_read(hub):
     assert storage.read(fs, path, 2, 9) == hub.files["train/a/0.jpg"][2:9]
     assert not storage.exists(*storage.connect(f"{url}/train/c"))
     report = check(Custom(), url, sample=6)
+    assert report.count("error") == 0, report.findings
+
+
+@pytest.mark.slow
+def test_parquet_on_a_hub_is_read(hub):
+    for split in ("train", "probe", "test"):
+        images = [{"image": {"bytes": image}, "label": name.split("/")[1]}
+                  for name, image in hub.files.items() if name.startswith(split)]  # fmt: skip
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(images), buffer)
+        hub.files[f"data/{split}-00000-of-00001.parquet"] = buffer.getvalue()
+    report = check(Custom(), "hf://datasets/user/name/data", sample=6)
     assert report.count("error") == 0, report.findings
 
 
