@@ -7,6 +7,7 @@ one: two Rays on two cores take longer beside each other than one after the othe
 
 import atexit
 import os
+import shutil
 import socket
 import subprocess
 import uuid
@@ -14,23 +15,30 @@ import uuid
 import pytest
 from hypothesis import settings
 
+from tests import emulators
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
-# The emulator of cloud storage knows no accounts, and gcsfs asks it for no hierarchical folders.
+# Emulators of cloud storage, which every process of this test run finds by its environment.
+RESERVED = {name: socket.socket() for name in ("gs", "s3", "abfs")}  # until one starts: nobody else gets its port
+for each in RESERVED.values():
+    each.bind(("127.0.0.1", 0))
+    atexit.register(each.close)
+PORTS = {name: each.getsockname()[1] for name, each in RESERVED.items()}
+# That of Google knows no accounts, and gcsfs asks it for no hierarchical folders.
 os.environ["FSSPEC_GCS_TOKEN"] = "anon"
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-reserved = socket.socket()  # until the emulator starts: nobody else gets the port
-reserved.bind(("127.0.0.1", 0))
-atexit.register(reserved.close)
-STORAGE_PORT = reserved.getsockname()[1]
-os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{STORAGE_PORT}"
+os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{PORTS['gs']}"
+os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{PORTS['s3']}"
+os.environ |= {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "SECRET", "AWS_DEFAULT_REGION": "us-east-1"}
+os.environ["AZURE_STORAGE_CONNECTION_STRING"] = emulators.connection_string(PORTS["abfs"])
 
 settings.register_profile("winnow", deadline=None)
 settings.load_profile("winnow")
 
-STARTS = {"local_ray", "storage", "both", "cluster"}  # fixtures that start other processes, or a server
+STARTS = {"local_ray", "storage", "cloud", "both", "cluster"}  # fixtures that start other processes, or a server
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist look at marks
@@ -64,11 +72,11 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def storage():
-    """An emulator of Google Cloud Storage on loopback; every process of this test run finds it by its environment."""
+    """An emulator of Google Cloud Storage on loopback."""
     from gcp_storage_emulator.server import create_server
 
-    reserved.close()
-    server = create_server("127.0.0.1", STORAGE_PORT, in_memory=True)
+    RESERVED["gs"].close()
+    server = create_server("127.0.0.1", PORTS["gs"], in_memory=True)
     server.start()
     yield
     server.stop()
@@ -82,3 +90,35 @@ def bucket(storage):
     name = f"winnow-{uuid.uuid4().hex[:12]}"
     fsspec.filesystem("gcs").mkdir(name)
     return f"gs://{name}"
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An emulator of S3 on loopback."""
+    RESERVED["s3"].close()
+    with emulators.s3(PORTS["s3"]) as front:
+        yield front
+
+
+@pytest.fixture(scope="session")
+def azure():
+    """An emulator of Azure's blob storage on loopback."""
+    if not shutil.which(emulators.AZURITE):
+        pytest.skip(f"{emulators.AZURITE} is not on the PATH: see CONTRIBUTING.md")
+    RESERVED["abfs"].close()
+    with emulators.azure(PORTS["abfs"]) as front:
+        yield front
+
+
+@pytest.fixture(params=["s3", "azure"])
+def cloud(request):
+    """Each emulator in turn, which can be told to fail, and the URL of a new, empty bucket in it."""
+    import fsspec
+
+    front = request.getfixturevalue(request.param)
+    front.faults.clear()
+    name = f"winnow-{uuid.uuid4().hex[:12]}"
+    scheme = {"s3": "s3", "azure": "abfs"}[request.param]
+    fsspec.filesystem(scheme).mkdir(name)
+    yield front, f"{scheme}://{name}"
+    front.faults.clear()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import ray
 import ray.data
 import ray.train
@@ -247,7 +246,7 @@ def ray_storage(folder: str) -> tuple[PyFileSystem | None, str]:
     """Return the run's folder as Ray Train wants it: URLs through fsspec, like all else that is written there."""
     if "://" not in folder:
         return None, folder
-    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem, path = storage.connect(folder)
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 

@@ -1,4 +1,5 @@
 import errno
+import sys
 import uuid
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import fsspec
 import pytest
 import requests
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from gcsfs.retry import HttpError
 from yarl import URL
 
@@ -218,7 +220,6 @@ def test_a_missing_bucket_is_told_at_once(storage, tmp_path):
         ("nowhere://x", "cannot open nowhere://x: its scheme is unknown: give a local path or a URL such as"),
         ("nowhere://user:SECRET@x?sig=SECRET", "cannot open nowhere://x: "),
         ("gs://", "gs:// names no bucket"),
-        ("abfs://container/x", "cannot open abfs://container/x, its driver is missing: Install adlfs"),
     ],
 )
 def test_urls_that_cannot_be_opened_are_told(url, message):
@@ -226,6 +227,19 @@ def test_urls_that_cannot_be_opened_are_told(url, message):
         storage.connect(url)
     assert "\n" not in str(error.value)
     assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "extra"),
+    [("s3://b/x", "s3fs", "s3"), ("abfs://c/x", "adlfs", "azure"), ("simplecache::az://c/x", "adlfs", "azure")],
+)
+def test_a_driver_that_is_missing_is_told(monkeypatch, url, driver, extra):
+    monkeypatch.setitem(sys.modules, driver, None)
+    for protocol in ("s3", "abfs", "az"):
+        monkeypatch.delitem(_registry, protocol, raising=False)  # where another test has loaded it
+    with pytest.raises(InputError) as error:
+        storage.connect(url)
+    assert str(error.value) == f"cannot open {url}, its driver is missing: pip install -e '.[{extra}]'"
 
 
 def test_credentials_that_cannot_be_used_are_told(monkeypatch, tmp_path):

@@ -308,7 +308,7 @@ def test_images_that_are_not_there_are_refused(trained, tmp_path):
     (tmp_path / "list.csv").write_text("name,label\na,1\n")
     pq.write_table(pa.table({"label": [1]}), tmp_path / "bare.parquet")
     for url, message in [
-        ("empty", "no images in .*empty: give shards, a folder"),
+        ("empty", "no images in .*empty: give a folder"),
         ("nowhere", "no such folder or archive"),
         ("list.csv", r"has columns name, label: it needs uri or path or image_path, or one of encoded images"),
         ("bare.parquet", r"has columns label: it needs uri or path or image_path, or one of encoded images"),
