@@ -10,16 +10,15 @@ demo: install            ## train on digits with 80 % label noise: cross-entropy
 	rm -rf runs/digits runs/digits-supervised
 	$(BIN)/python training/digits.py
 
-PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest
 # In as many processes as there are cores.
-FAST = $(PYTEST) -m fast --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest \
+	--numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 test: install            ## all tests; no GPU, no network, no data needed
-	$(FAST)
-	$(PYTEST) -m "not fast"
+	$(PYTEST)
 
 test-fast: install       ## those that start no other process: within two minutes on two cores
-	$(FAST)
+	$(PYTEST) -m fast
 
 lint: install            ## style, types, import borders, declared packages, length and branches of functions
 	$(BIN)/ruff format --check .

@@ -1,8 +1,7 @@
 """Settings of every test: one thread a process, no time limits on generated examples, one cloud storage, one Ray.
 
 A test is marked `fast` unless it is marked `slow` or one of its fixtures starts something; `make test-fast` runs these.
-Those run in several processes at once (pytest-xdist), where the tests of a file stay together. All others run one by
-one: two Rays on two cores take longer beside each other than one after the other, and reach time limits.
+All run in several processes at once (pytest-xdist), where the tests of a file stay together.
 """
 
 import atexit
@@ -38,6 +37,17 @@ os.environ["AZURE_STORAGE_CONNECTION_STRING"] = emulators.connection_string(PORT
 settings.register_profile("winnow", deadline=None)
 settings.load_profile("winnow")
 
+# Files that take longest, in order: they begin first, so that none is left alone at the end.
+LONGEST = (
+    "test_faults",
+    "test_jobs",
+    "test_launch",
+    "test_resume",
+    "test_search",
+    "test_step",
+    "test_sharded",
+    "test_predict",
+)
 STARTS = {"local_ray", "storage", "cloud", "both", "cluster"}  # fixtures that start other processes, or a server
 
 
@@ -48,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not STARTS & set(item.fixturenames) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.fast)
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -138,10 +138,8 @@ def _prepare(recipe: Recipe, console: Console) -> Start:
     _check_network(recipe)
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
     step, history = _resume_point(folder, recipe, dataset.digest, console)
-    if recipe.start_from and not step:
-        _check_start(recipe, dataset)
-    if recipe.weights and not step:
-        _fetch_weights(recipe, len(dataset.class_names), folder, console)
+    if (recipe.start_from or recipe.weights) and not step:
+        _fetch_weights(recipe, dataset.class_names, folder, console)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if step:
@@ -269,29 +267,35 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     return int(saved["step"]), saved["history"]
 
 
-def _check_start(recipe: Recipe, dataset: Dataset) -> None:
-    """Raise InputError where the run to start from has another network or other classes."""
-    model = model_file.read(recipe.start_from)
-    model.require(dataset.class_names, recipe.data or recipe.name)
+def _fetch_weights(recipe: Recipe, class_names: tuple[str, ...], folder: str, console: Console) -> None:
+    """Read the weights to start from, once, and write them into the run's folder as they fit its network."""
+    if recipe.start_from:
+        model = model_file.read(recipe.start_from)
+        _check_start(recipe, model)
+        found, sha256, other = model.weights, model.sha256, model.class_names != class_names
+    else:
+        found, sha256 = pretrained.read(recipe.weights, recipe.network)
+        other = False
+    network = new_network(replace(recipe, precision="float32"), len(class_names), 1, torch.device("cpu"))
+    tensors, new = pretrained.fitted(network, found, len(class_names), new_head=other)
+    pretrained.write(folder, tensors, sha256)
+    what = f"starts from {recipe.start_from or recipe.network}, {len(found)} tensors, sha256 {sha256[:16]}"
+    what += f"; new: {', '.join(new)}" if new else ""
+    console.print(f"{recipe.name}: {what}", highlight=False, soft_wrap=True)
+
+
+def _check_start(recipe: Recipe, model: model_file.ModelFile) -> None:
+    """Raise InputError where the run to start from has another network, or another input."""
     if model.recipe["network"] != recipe.network:
         raise InputError(
             f"{recipe.start_from} has trained {model.recipe['network']}, not {recipe.network}: "
             "set --network to that, or start from another run"
         )
-
-
-def _fetch_weights(recipe: Recipe, classes: int, folder: str, console: Console) -> None:
-    """Read the weights to start from, once, and write them into the run's folder as they fit its network."""
-    found, sha256 = pretrained.read(recipe.weights, recipe.network)
-    network = new_network(replace(recipe, precision="float32"), classes, 1, torch.device("cpu"))
-    tensors, new = pretrained.fitted(network, found)
-    pretrained.write(folder, tensors, sha256)
-    console.print(
-        f"{recipe.name}: starts from {recipe.network}, {len(found)} tensors, sha256 {sha256[:16]}"
-        f"{f'; new: {chr(44).join(new)}' if new else ''}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if bool(model.recipe.get("weights")) != bool(recipe.weights):
+        with_, these = ("with", "too") if model.recipe.get("weights") else ("without", "not")
+        raise InputError(
+            f"{recipe.start_from} was made {with_} --weights, by which images come to it: set them {these}"
+        )
 
 
 def _check_network(recipe: Recipe) -> None:

@@ -41,7 +41,8 @@ class Recipe:
     storage: str = "runs"
     """Where runs are kept: a local path or a URL."""
     start_from: str = ""
-    """Folder or URL of a finished run whose weights this one starts from: same network and classes, new schedule."""
+    """Folder or URL of a finished run whose weights this one starts from: of the same network, with a new last layer
+    where the classes are others."""
     network: str = "wrn-28-10"
     """wrn-DEPTH-WIDTH, resnet29, resnet29-preact, any of them with :group for group normalisation, or a timm name, with
     or without a tag: resnet50.a1_in1k."""

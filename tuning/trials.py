@@ -107,6 +107,8 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
     trial = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), room)
     filesystem, path = launch.ray_storage(sweep.folder)
     if sweep.resume:
+        # A trial may report once more the cycle at whose end it was stopped.
+        warnings.filterwarnings("ignore", "The reported value is ignored because this `step=", UserWarning)
         return tune.Tuner.restore(storage.join(path, FOLDER), trial, storage_filesystem=filesystem)
     points = space.points(searched, first)
     schedule = sweep.recipe.schedule
@@ -116,8 +118,6 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=min(10, max(sweep.trials // 4, 1)), constant_liar=True, seed=sweep.recipe.seed
         )
-        # A trial that goes on after a stop may report once more the cycle at whose end it was stopped.
-        warnings.filterwarnings("ignore", "The reported value is ignored because this `step=", UserWarning)
         algorithm = OptunaSearch(metric=sweep.metric, mode="max", points_to_evaluate=points, sampler=sampler)
     elif sweep.algorithm == "grid":
         algorithm = BasicVariantGenerator()

@@ -310,8 +310,8 @@ def test_images_that_are_not_there_are_refused(trained, tmp_path):
     for url, message in [
         ("empty", "no images in .*empty: give a folder"),
         ("nowhere", "no such folder or archive"),
-        ("list.csv", r"has columns name, label: it needs uri or path or image_path, or one of encoded images"),
-        ("bare.parquet", r"has columns label: it needs uri or path or image_path, or one of encoded images"),
+        ("list.csv", r"has columns name, label: it needs uri or .* or url, or one of encoded images"),
+        ("bare.parquet", r"has columns label: it needs uri or .* or url, or one of encoded images"),
     ]:
         with pytest.raises(InputError, match=message):
             predict.predict(Request(trained.folder, f"{tmp_path}/{url}", f"{tmp_path}/out"), quiet())

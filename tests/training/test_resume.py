@@ -106,7 +106,9 @@ def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatc
 
 
 def test_an_optimiser_s_moments_go_on_too(tmp_path, local_ray, monkeypatch):
-    changes = {"optimiser": "adamw", "clip": 1.0, "schedule": replace(short(tmp_path).schedule, lr=0.003)}
+    objective = replace(METHODS["reference"](), lookahead_lr=None)
+    schedule = replace(short(tmp_path).schedule, lr=0.003)
+    changes = {"optimiser": "adamw", "clip": 1.0, "schedule": schedule, "objective": objective}
     made = [replace(short(tmp_path / name), **changes) for name in ("whole", "killed")]
     with monkeypatch.context() as patched:
         killed(patched, worker, "update", 12)
@@ -118,11 +120,11 @@ def test_an_optimiser_s_moments_go_on_too(tmp_path, local_ray, monkeypatch):
 def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path, local_ray, monkeypatch):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     made = [
-        replace(short(tmp_path / name), network="resnet10t", weights=str(tmp_path / "weights.pth"), optimiser="adamw")
+        replace(short(tmp_path / name), network="resnet10t", weights=str(tmp_path / "weights.pth"))
         for name in ("whole", "killed")
     ]
     whole, printed = run(made[0])
-    assert re.search("starts from resnet10t, .* tensors, sha256 [0-9a-f]{16}; new: fc.bias,fc.weight", printed)
+    assert re.search("starts from resnet10t, .* tensors, sha256 [0-9a-f]{16}; new: fc.bias, fc.weight", printed)
     with monkeypatch.context() as patched:
         killed(patched, worker, "update", 12)
         with pytest.raises(Killed):

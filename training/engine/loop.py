@@ -19,7 +19,7 @@ from training.engine.collectives import Processes, WorkersError
 from training.engine.monitor import NotFiniteError
 from training.engine.worker import Job, Worker
 from training.objectives.interface import Alone, Workers
-from training.runs import checkpoint, model_file, notes
+from training.runs import checkpoint, notes
 
 GAUGES = {  # what Prometheus shows of the figures in a progress message
     "images_per_second": "Noisy images trained on a second, by all workers",
@@ -68,9 +68,7 @@ def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
     history = setup.resume(state, job.folder, rank, world)
     if state.step == job.plan.stop:  # the workers were lost after the last checkpoint
         return history
-    if recipe.start_from and not state.step:
-        state.load_weights(dict(model_file.read(recipe.start_from).weights))
-    elif recipe.weights and not state.step:
+    if (recipe.start_from or recipe.weights) and not state.step:
         state.load_weights(pretrained.start(job.folder))
     chronicle = Silent()
     if rank == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.dataset import InputError
+from training.objectives.memory import classifier
 from training.recipe import HUB
 
 NAME = "start.safetensors"  # in a run's folder: the weights it starts from, as they fit its network
@@ -74,16 +75,20 @@ def _flat(held: Any, weights: str) -> dict[str, Tensor]:
     return tensors
 
 
-def fitted(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a whole state dict of `network`, with `weights` where they belong; and the names that keep their start.
+def fitted(
+    network: nn.Module, weights: Mapping[str, Tensor], classes: int, *, new_head: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a whole state dict of `network`, with `weights` where they belong; and the names that are new.
 
-    These are the last layer where it has other classes, and the network's own input. Position embeddings are resized
-    and first kernels summed over channels as timm does it. Raises InputError, naming tensors, for any other that is
-    missing, unknown, or of another shape.
+    These are of the last layer, where it has other classes or a `new_head` is asked for. Position embeddings are
+    resized and first kernels summed over channels as timm does it. Raises InputError, naming tensors, for any other
+    that is missing, unknown, or of another shape.
     """
     own, adapted = network.state_dict(), _adapted(network, weights)
     new = {name for name in own if name.startswith("input_") or (_counts(name) and name not in adapted)}
-    head = {name for name in _heads(network) if name not in adapted or adapted[name].shape != own[name].shape}
+    head = _head(network, classes)
+    if not new_head:
+        head = {name for name in head if name not in adapted or adapted[name].shape != own[name].shape}
     known = own.keys() - new - head
     _require_none("lack", known - adapted.keys())
     _require_none("have, unknown to the network,", {name for name in adapted.keys() - own.keys() if not _counts(name)})
@@ -108,10 +113,13 @@ def _counts(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _heads(network: nn.Module) -> set[str]:
-    # Names of the tensors of the last layer, as timm tells it.
+def _head(network: nn.Module, classes: int) -> set[str]:
+    # Names of the tensors of the last layer: as timm tells it, else of the last linear one of so many classes.
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (named,) if isinstance(named, str) else tuple(named)
+    heads = {named} if isinstance(named, str) else set(named)
+    if not heads:
+        last = classifier(network, classes)
+        heads = {name for name, module in network.named_modules() if module is last}
     return {name for name in network.state_dict() if name.rpartition(".")[0] in heads}
 
 

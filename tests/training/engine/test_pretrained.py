@@ -72,7 +72,7 @@ def test_what_holds_no_weights_is_refused(data, message, tmp_path, capsys):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_all_but_the_last_layer_is_taken(channels, trained):
     network = networks.build(NETWORK, channels, 7, seed=0, own_input=True)
-    tensors, new = pretrained.fitted(network, trained)
+    tensors, new = pretrained.fitted(network, trained, 7)
     assert new == ["fc.bias", "fc.weight"]
     network.load_state_dict(tensors)
     other = timm.create_model(NETWORK, num_classes=0).eval()
@@ -98,15 +98,28 @@ def _shown(network, image_BCHW):
 
 def test_the_last_layer_is_kept_where_the_classes_are_as_many(trained):
     network = networks.build(NETWORK, 3, 1000, seed=0, own_input=True)
-    tensors, new = pretrained.fitted(network, trained)
+    tensors, new = pretrained.fitted(network, trained, 1000)
     assert not new
     assert torch.equal(tensors["fc.weight"], trained["fc.weight"])
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "resnet29", "densenet100", "vgg13", NETWORK])
+def test_a_run_of_other_classes_gives_all_but_its_last_layer(name):
+    old, network = networks.build(name, 3, 7, seed=1), networks.build(name, 3, 5, seed=2)
+    tensors, new = pretrained.fitted(network, old.state_dict(), 5)
+    assert {tensors[one].shape[0] for one in new} == {5}
+    assert len(new) == 2
+    for each, value in old.state_dict().items():
+        assert each in new or torch.equal(tensors[each], value)
+    same = networks.build(name, 3, 7, seed=3)  # as many classes, but others
+    assert len(pretrained.fitted(same, old.state_dict(), 7, new_head=True)[1]) == 2
+    assert not pretrained.fitted(same, old.state_dict(), 7)[1]
 
 
 def test_position_embeddings_come_to_another_size():
     large = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64)
     small = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3)
-    tensors, new = pretrained.fitted(small, large.state_dict())
+    tensors, new = pretrained.fitted(small, large.state_dict(), 3)
     assert tensors["pos_embed"].shape == small.pos_embed.shape
     assert new == ["head.bias", "head.weight"]
     small.load_state_dict(tensors)
@@ -134,7 +147,7 @@ def test_what_does_not_fit_is_named(change, message, trained):
     weights = dict(trained)
     change(weights)
     with pytest.raises(InputError, match=message):
-        pretrained.fitted(networks.build(NETWORK, 3, 7, seed=0), weights)
+        pretrained.fitted(networks.build(NETWORK, 3, 7, seed=0), weights, 7)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
