@@ -130,7 +130,8 @@ def _inner_gradient(problem: MetaProblem, theta: Mapping[str, Tensor]) -> list[T
     loss = problem.inner_loss
     if loss is None:
         loss = (problem.weight_B * cross_entropy(problem.target(problem.lambda0), problem.logits_BK)).mean()
-    gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True)
+    # Parameters that the network does not use have a gradient of 0, here and below.
+    gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True, materialize_grads=True)
     return problem.workers.mean(gradients)
 
 
@@ -155,7 +156,7 @@ def _probe_loss(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> Tensor:
 def _probe_gradient(problem: MetaProblem, ahead: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return v = ∇_θ' L^p(θ'), averaged over the workers."""
     leaves = {name: value.detach().requires_grad_() for name, value in ahead.items()}
-    gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()))
+    gradients = torch.autograd.grad(_probe_loss(problem, leaves), list(leaves.values()), materialize_grads=True)
     direction = dict(zip(leaves, problem.workers.mean(gradients), strict=True))
     if not problem.probe_decay:
         return direction
@@ -219,7 +220,7 @@ def _second_order(problem: MetaProblem) -> tuple[Tensor, Tensor]:
     loss_B = cross_entropy(problem.target(lambda_B[:, None]), problem.logits_BK)
     # The workers' mean of this is Σ ω·CE over the global batch.
     inner = problem.workers.size * (omega_B * loss_B).sum()
-    gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+    gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True, materialize_grads=True)
     averaged = problem.workers.mean(gradients)
     if problem.lookahead == "l2r":  # no decay and no momentum: only ω moves θ', from 0
         ahead = {n: v - problem.alpha * g for (n, v), g in zip(theta.items(), averaged, strict=True)}

@@ -119,6 +119,19 @@ def test_forward_mode_equals_double_backward(network, optimiser, lookahead):
     assert relative(lambda_B, exact_lambda_B) <= 1e-10
 
 
+@pytest.mark.parametrize("engine", ["forward", "second_order"])
+def test_a_parameter_that_is_not_used_changes_nothing(engine, monkeypatch):
+    def idle() -> nn.Module:
+        model = NETWORKS["wrn"]()
+        model.idle = nn.Linear(2, 2)
+        return model
+
+    expected = meta_gradient(engine, posed("wrn", "sgd", "momentum"))
+    monkeypatch.setitem(NETWORKS, "idle", idle)
+    for found_B, expected_B in zip(meta_gradient(engine, posed("idle", "sgd", "momentum")), expected, strict=True):
+        torch.testing.assert_close(found_B, expected_B, rtol=1e-12, atol=0)
+
+
 def probe_loss_ahead(problem: MetaProblem, optimiser: str, omega_B, lambda_B) -> float:
     """The probe loss after the optimiser's own update on the weighted loss: nothing looks ahead here."""
     model, batch = problem.model, problem.batch
