@@ -83,7 +83,8 @@ def _column(url: str, there: dict[str, str], stated: str, *defaults: str) -> str
     # The column that was stated, which must be there, or the first of the defaults that is; "" where none is.
     if stated and stated.lower() not in there:
         raise InputError(f"{url} has no column {stated}, only {', '.join(there.values()) or '(none)'}")
-    return next((there[name.lower()] for name in (stated or None, *defaults) if name and name.lower() in there), "")
+    names = (stated,) if stated else defaults
+    return next((there[name.lower()] for name in names if name.lower() in there), "")
 
 
 def ignored(url: str, names: Sequence[str], used: Any) -> tuple[Finding, ...]:

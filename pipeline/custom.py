@@ -98,9 +98,10 @@ def images_at(url: str, columns: Columns) -> pa.Table:
 def _with_neighbours(listing: Listing, home: str, used: Collection[str]) -> Listing:
     # The listing with files that are missing, and with findings on those that no row names, but for the URLs `used`.
     tree = Tree.open(home)
-    looked = looked_around(listing, tree)
+    names = list(tree.walk())
+    looked = looked_around(listing, tree, names=names)
     known = {*used, *(archive.url for archive in tree.archives)}
-    others = [name for name in tree.walk() if not IMAGE.fullmatch(name) and f"{home}/{name}" not in known]
+    others = [name for name in names if not IMAGE.fullmatch(name) and f"{home}/{name}" not in known]
     urls = pa.array([f"{home}/{name}" for name in others], pa.string())
     named = set(among([listing.table["file"]], urls).to_pylist())
     others = [name for name in others if f"{home}/{name}" not in named]
@@ -194,7 +195,7 @@ def _trust(
     """Return the rows with the images that the list at `url` names in the probe; `label_N` gets the labels it gives."""
     parent = url.rpartition("/")[0]
     entries = list(_trusted_entries(url))
-    named = [key.replace("\\", "/") if "\\" in key else key for _, key, _ in entries]
+    named = [key.replace("\\", "/") for _, key, _ in entries]
     rows_of = [pc.index_in(pa.array([key for _, key, _ in entries], pa.string()), rows["key"].combine_chunks())]
     keys, files = tables.located(pa.array(named, pa.string()), parent, parent)
     rows_of += [pc.index_in(keys, rows["key"].combine_chunks())]
@@ -233,5 +234,5 @@ def _trusted_entries(url: str) -> Iterator[tuple[str, str, str | None]]:
         return
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         line = line.strip(" \t")
-        if line and (number > 1 or line.strip().lower() not in URI):
+        if line and (number > 1 or line.lower() not in URI):
             yield f"{url}, line {number}", line, None

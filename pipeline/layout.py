@@ -158,14 +158,17 @@ def identified(places: pa.Table, root: str, label_N: np.ndarray, split: pa.Array
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def looked_around(listing: Listing, tree: Tree, others: Sequence[Place] = ()) -> Listing:
+def looked_around(
+    listing: Listing, tree: Tree, others: Sequence[Place] = (), names: Sequence[str] | None = None
+) -> Listing:
     """Return the listing with `file` null where the tree has no such file, and with the tree's images that it does not
     name.
 
-    `others` are images that the data set's lists name, but not this listing. All folders of the tree are listed.
+    `others` are images that the data set's lists name, but not this listing. All folders of the tree are listed, unless
+    `names`, those of its plain files, are known.
     """
     table = listing.table
-    names = list(tree.walk())
+    names = list(tree.walk()) if names is None else names
     every = pa.array([f"{tree.url}/{name}" for name in names], pa.string())
     plain = pc.and_(pc.equal(table["how"], "file"), pc.starts_with(table["file"], f"{tree.url}/"))
     missing = pc.fill_null(pc.and_(plain, pc.invert(pc.is_in(table["file"], every))), False)

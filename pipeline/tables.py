@@ -28,10 +28,8 @@ from pipeline.dataset import InputError
 from pipeline.layout import Finding, text_of
 from pipeline.raw import image_columns
 
-TRUE, FALSE = (
-    {"true", "1", "1.0", "yes", "wahr"},
-    {"false", "0", "0.0", "no", "falsch", ""},
-)  # as spreadsheets write them
+# As people and spreadsheets write them.
+TRUE, FALSE = {"true", "1", "1.0", "yes", "wahr"}, {"false", "0", "0.0", "no", "falsch", ""}
 SEPARATORS = ",;\t|"
 BATCH = 1 << 14  # rows held as Python's objects at once
 
@@ -178,7 +176,7 @@ def _parquet(url: str, file: Any, columns: Columns, given: dict[str, str], *, la
     _require_types(url, schema, found)
     image, within = found["image"], found["image"] in images
     by_path = not within or _paths_only(parquet, image)
-    raw = _read(file, schema, found, within="path" if within else "", by_path=by_path)
+    raw = _read(file, parquet.metadata, schema, found, within="path" if within else "", by_path=by_path)
     raw |= {role: pa.repeat(given[name], count) for role, name in found.items() if name not in schema.names}
     table = Table(
         url=url,
@@ -190,13 +188,15 @@ def _parquet(url: str, file: Any, columns: Columns, given: dict[str, str], *, la
     return _checked(table, raw, found, labelled=labelled)
 
 
-def _read(file: Any, schema: pa.Schema, found: dict[str, str], *, within: str, by_path: bool) -> dict[str, pa.Array]:
+def _read(
+    file: Any, footer: pq.FileMetaData, schema: pa.Schema, found: dict[str, str], *, within: str, by_path: bool
+) -> dict[str, pa.Array]:
     # The columns by role, that of images if they are told by paths, which may be a field `within` a struct.
     wanted = {role: name for role, name in found.items() if role != "image" and name in schema.names}
     if by_path:
         wanted["image"] = ".".join(filter(None, (found["image"], within)))
     few = [wanted[role] for role in ("label", "split", "trusted") if role in wanted]  # different values
-    read = pq.ParquetFile(file, read_dictionary=few).read(list(wanted.values()), use_threads=False)
+    read = pq.ParquetFile(file, metadata=footer, read_dictionary=few).read(list(wanted.values()), use_threads=False)
     raw = {role: read[found[role]].combine_chunks() for role in wanted}
     del read
     pa.default_memory_pool().release_unused()

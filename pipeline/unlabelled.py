@@ -20,7 +20,7 @@ from pipeline.custom import Custom, images_at
 from pipeline.dataset import InputError, Source
 from pipeline.images import Rejected, decode, read_image
 from pipeline.index import NAME, Shards, read_index
-from pipeline.layout import identified, stable_ids
+from pipeline.layout import identified
 from pipeline.raw import fetch
 from pipeline.views import fitted
 
@@ -63,16 +63,13 @@ def open_images(url: str, split: str, short_side: int, columns: Columns = NO_COL
     found = images_at(url, columns)
     if not len(found):
         raise InputError(f"no images in {url}: give shards, a folder or archive of images, a .csv or .parquet")
-    # What is listed twice is one image.
-    first_N = np.sort(np.unique(stable_ids(Custom.name, found["key"].to_pylist()), return_index=True)[1])
-    table = identified(
-        found.take(pa.array(first_N)), Custom.name, np.full(len(first_N), -1), pa.repeat("", len(first_N))
-    )
+    table = identified(found, Custom.name, np.full(len(found), -1), pa.repeat("", len(found)))
+    first_N = np.unique(table["id"].to_numpy(), return_index=True)[1]  # what is listed twice is one image
+    table = table.take(pa.array(np.sort(first_N)))
     digest = hashlib.sha256(f"{short_side}".encode())
     for item in zip(*(table[name].to_pylist() for name in ("key", "file", "start", "size", "how")), strict=True):
         digest.update(repr(item).encode())
-    digest_of_rows = digest.hexdigest()
-    return Images(table, partial(_read_files, short_side=short_side), digest_of_rows)
+    return Images(table, partial(_read_files, short_side=short_side), digest.hexdigest())
 
 
 def views_of(some: pa.Table, read: Reader, source: Source) -> dict[str, np.ndarray]:

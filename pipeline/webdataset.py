@@ -63,6 +63,7 @@ def samples(archives: Iterable[Archive], field: str) -> Found:
     found, unused = Found(), 0
     for archive, split in zip(archives, split_of, strict=True):
         label_of = {_key(name): label for name, label in archive.labels.items()}
+        home = home_of(archive)
         used: dict[str, str] = {}
         for row, name in enumerate(archive.images):
             if hidden(name):
@@ -74,7 +75,7 @@ def samples(archives: Iterable[Archive], field: str) -> Found:
             if key in used:
                 raise InputError(f"{archive.url} has two images of one sample, {used[key]} and {name}: keep one")
             used[key] = name
-            found.names.append(home_of(archive) + name)
+            found.names.append(home + name)
             found.places.append(archive.place(row))
             found.labels.append(label_of[key])
             found.splits.append(split)

@@ -292,10 +292,8 @@ def _check_start(recipe: Recipe, model: model_file.ModelFile) -> None:
             "set --network to that, or start from another run"
         )
     if bool(model.recipe.get("weights")) != bool(recipe.weights):
-        with_, these = ("with", "too") if model.recipe.get("weights") else ("without", "not")
-        raise InputError(
-            f"{recipe.start_from} was made {with_} --weights, by which images come to it: set them {these}"
-        )
+        made, fix = ("with", "set it too") if model.recipe.get("weights") else ("without", "leave it out")
+        raise InputError(f"{recipe.start_from} was made {made} --weights, which decides how it sees images: {fix}")
 
 
 def _check_network(recipe: Recipe) -> None:

@@ -125,8 +125,6 @@ def _head(network: nn.Module, classes: int) -> set[str]:
 
 def _adapted(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Position embeddings for another size, old names: as the network's own module in timm does it. Other channels too.
-    from timm.models import adapt_input_conv
-
     adapted = dict(weights)
     own_filter = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if own_filter:
@@ -136,6 +134,8 @@ def _adapted(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Ten
     for conv in (first,) if isinstance(first, str) else first:
         name, own = f"{conv}.weight", network.state_dict()
         if name in adapted and name in own and adapted[name].shape[1] == 3 != own[name].shape[1]:
+            from timm.models import adapt_input_conv  # only where a timm network is asked for
+
             adapted[name] = adapt_input_conv(own[name].shape[1], adapted[name])
     return adapted
 
