@@ -60,7 +60,7 @@ def prepare(network: str, size: int, batch: int, device: torch.device) -> Settin
         for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             buffers[name].mul_(0.9).add_(gradient)
             parameters[name].data.sub_(0.05 * buffers[name])
-    moment = Moment(0.1, SgdDescent(0.9, 5e-4, frozenset(buffers), buffers))
+    moment = Moment(0.1, SgdDescent(weight_decay=5e-4, decayed=frozenset(buffers), velocity=buffers))
     row_B = torch.arange(batch, device=device)
     return model, Batch(weak_BCHW, weak_BCHW, label_B, row_B, probe_MCHW, probe_label_M, (0,), CLASSES), moment
 

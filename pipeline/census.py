@@ -6,7 +6,6 @@ Shapes: N images, U row groups.
 from __future__ import annotations
 
 import functools
-import hashlib
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import ray
 from pipeline import compute
 from pipeline.dataset import Examples, Split
 from pipeline.keyed import reduce_by_key
+from pipeline.near import digest
 
 READ_ROWS = 256  # held in memory at once, as they are stored
 TASK_ROWS = 1 << 16  # the most of one task: few tasks even for 10⁸ images
@@ -55,10 +55,8 @@ def _look(task: pa.Table, refs: list[ray.ObjectRef]) -> pa.Table:
 
 
 def _digests(held: Examples) -> np.ndarray:
-    # 64 bits, of which two of 10⁸ different images agree with probability 3·10⁻⁴.
     stored = held.image_N if isinstance(held.image_N, np.ndarray) else (image.as_buffer() for image in held.image_N)
-    digests = (hashlib.blake2b(image, digest_size=8).digest() for image in stored)
-    return np.frombuffer(b"".join(digests), np.int64)
+    return np.array([digest(image) for image in stored], np.int64)
 
 
 def _pick(rows: pa.Table, wanted: np.ndarray) -> pa.Table:

@@ -23,8 +23,8 @@ from pipeline import folders, tables
 from pipeline.archive import IMAGE
 from pipeline.columns import URI, Columns
 from pipeline.dataset import InputError
-from pipeline.gathering import PLACE, Part, gather
-from pipeline.layout import Finding, Layout, Listing, among, identified, looked_around, settle, text_of
+from pipeline.gathering import Part, gather
+from pipeline.layout import PLACE, Finding, Layout, Listing, among, identified, looked_around, settle, text_of
 from pipeline.tree import Tree, absolute
 
 _WHOLE = re.compile("(0|[1-9][0-9]*)(?:[.]0+)?")  # as text; 007 and +1 are names
@@ -92,7 +92,7 @@ def images_at(url: str, columns: Columns) -> pa.Table:
     Raises InputError for what cannot be read.
     """
     found = gather(absolute(url), columns, labelled=False)
-    return pa.concat_tables([part.rows.select([one.name for one in PLACE]) for part in found.parts])
+    return pa.concat_tables([part.rows.select(PLACE) for part in found.parts])
 
 
 def _with_neighbours(listing: Listing, home: str, used: Collection[str]) -> Listing:

@@ -18,12 +18,11 @@ from rich.console import Console
 
 from pipeline import job, near, storage
 from pipeline.images import Rejected
-from pipeline.layout import Finding, Listing
+from pipeline.layout import PLACE, Finding, Listing
 from pipeline.raw import fetch
 
 TASKS = 64  # the least, where there are images for them
 LEAST_ROWS, TASK_ROWS = 64, 1024  # of a task: rows of Parquet sources are held in memory together
-PLACE = ("file", "start", "size", "how")  # columns by which an image is fetched
 
 
 @dataclass(frozen=True)

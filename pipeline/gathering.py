@@ -19,13 +19,13 @@ from pipeline.archive import IMAGE, Archive, Place
 from pipeline.columns import Columns
 from pipeline.dataset import InputError
 from pipeline.folders import Found
-from pipeline.layout import SCHEMA, Finding
+from pipeline.layout import PLACE, SCHEMA, Finding, placed
 from pipeline.tables import Table
 from pipeline.tree import MISSING, Tree, hidden
 
 SAMPLED = 8  # rows of a table whose images are looked for, to tell how it names them
-PLACE = [SCHEMA.field(name) for name in ("key", "file", "start", "size", "how")]
-PART = pa.schema([*PLACE, ("label", pa.dictionary(pa.int32(), pa.string())), ("split", pa.string())])
+PLACED = [SCHEMA.field(name) for name in PLACE]
+PART = pa.schema([*PLACED, ("label", pa.dictionary(pa.int32(), pa.string())), ("split", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,9 @@ def _part(
     labels: Sequence[str | None] = (),
     splits: Sequence[str | None] = (),
 ) -> Part:
-    columns = [pa.array([place[column] for place in places], PLACE[column + 1].type) for column in range(4)]
     label = pa.array(labels or [None] * len(keys), pa.string()).dictionary_encode()
     split = pa.array(splits or [None] * len(keys), pa.string())
-    return Part(where, pa.table([pa.array(keys, pa.string()), *columns, label, split], schema=PART))
+    return Part(where, pa.table([*placed(keys, places).columns, label, split], schema=PART))
 
 
 def _braces(url: str) -> list[str]:
@@ -287,8 +286,7 @@ def _from_archives(rows: pa.Table, home: str) -> pa.Table:
         (file, 0, -1, "file") if place is MISSING or place[3] == "file" else place
         for place, file in zip(places, kept, strict=True)
     ]
-    columns = [pa.array([place[column] for place in places], PLACE[column + 1].type) for column in range(4)]
-    return pa.table([rows["key"], *columns, rows["label"], rows["split"]], schema=PART)
+    return pa.table([*placed(rows["key"], places).columns, rows["label"], rows["split"]], schema=PART)
 
 
 def _require_plain(url: str, tree: Tree) -> None:

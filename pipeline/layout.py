@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
 )
 
 
+PLACE = ("key", "file", "start", "size", "how")  # columns that name an image and say where it is
 SLICE = 1 << 16  # keys held as Python's objects at once
 
 
@@ -140,11 +141,13 @@ def settle(listing: Listing) -> Listing:
 
 def rows(root: str, split: str, keys: Sequence[str], label_N: np.ndarray, places: Sequence[Place]) -> pa.Table:
     """Return a table of SCHEMA for the N images of one split of the data set `root`."""
-    columns = [list(keys), *([place[column] for place in places] for column in range(4))]
-    places_N = pa.table(
-        columns, schema=pa.schema([SCHEMA.field(name) for name in ("key", "file", "start", "size", "how")])
-    )
-    return identified(places_N, root, label_N, pa.repeat(split, len(keys)))
+    return identified(placed(keys, places), root, label_N, pa.repeat(split, len(keys)))
+
+
+def placed(keys: Sequence[str] | pa.ChunkedArray, places: Sequence[Place]) -> pa.Table:
+    """Return a table with the columns PLACE of N images."""
+    columns = [keys, *([place[column] for place in places] for column in range(4))]
+    return pa.table(columns, schema=pa.schema([SCHEMA.field(name) for name in PLACE]))
 
 
 def identified(places: pa.Table, root: str, label_N: np.ndarray, split: pa.Array) -> pa.Table:
@@ -153,7 +156,7 @@ def identified(places: pa.Table, root: str, label_N: np.ndarray, split: pa.Array
     for first in range(0, len(places), SLICE):
         keys = places["key"].slice(first, SLICE).to_pylist()
         id_N[first : first + len(keys)] = stable_ids(root, keys)
-    columns = {name: places[name] for name in ("key", "file", "start", "size", "how")}
+    columns = {name: places[name] for name in PLACE}
     columns |= {"id": id_N, "label": label_N.astype(np.int32, copy=False), "split": split}
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 

@@ -20,7 +20,7 @@ from pipeline.custom import Custom, images_at
 from pipeline.dataset import InputError, Source
 from pipeline.images import Rejected, decode, read_image
 from pipeline.index import NAME, Shards, read_index
-from pipeline.layout import identified
+from pipeline.layout import PLACE, identified
 from pipeline.raw import fetch
 from pipeline.views import fitted
 
@@ -67,7 +67,7 @@ def open_images(url: str, split: str, short_side: int, columns: Columns = NO_COL
     first_N = np.unique(table["id"].to_numpy(), return_index=True)[1]  # what is listed twice is one image
     table = table.take(pa.array(np.sort(first_N)))
     digest = hashlib.sha256(f"{short_side}".encode())
-    for item in zip(*(table[name].to_pylist() for name in ("key", "file", "start", "size", "how")), strict=True):
+    for item in zip(*(table[name].to_pylist() for name in PLACE), strict=True):
         digest.update(repr(item).encode())
     return Images(table, partial(_read_files, short_side=short_side), digest.hexdigest())
 

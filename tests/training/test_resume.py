@@ -96,19 +96,16 @@ def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, 
     assert_same(result, whole)
 
 
-def test_what_an_objective_remembers_goes_on_too(tmp_path, local_ray, monkeypatch):
-    made = [replace(short(tmp_path / name), objective=METHODS["elr"]()) for name in ("whole", "killed")]
-    with monkeypatch.context() as patched:
-        killed(patched, worker, "update", 12)
-        with pytest.raises(Killed):
-            run(made[1])
-    assert_same(run(made[1])[0], run(made[0])[0])
+ADAMW = {
+    "optimiser": "adamw",
+    "clip": 1.0,
+    "objective": replace(METHODS["reference"](), lookahead_lr=None),
+    "schedule": Schedule(lr=0.003, first_cycle=8, cycles=2, t_mul=1.0),
+}
 
 
-def test_an_optimiser_s_moments_go_on_too(tmp_path, local_ray, monkeypatch):
-    objective = replace(METHODS["reference"](), lookahead_lr=None)
-    schedule = replace(short(tmp_path).schedule, lr=0.003)
-    changes = {"optimiser": "adamw", "clip": 1.0, "schedule": schedule, "objective": objective}
+@pytest.mark.parametrize("changes", [{"objective": METHODS["elr"]()}, ADAMW], ids=["memory", "moments"])
+def test_what_an_objective_or_optimiser_remembers_goes_on_too(tmp_path, local_ray, monkeypatch, changes):
     made = [replace(short(tmp_path / name), **changes) for name in ("whole", "killed")]
     with monkeypatch.context() as patched:
         killed(patched, worker, "update", 12)

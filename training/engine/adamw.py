@@ -17,24 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.engine.optimiser import by_decay, everything
-from training.objectives.interface import Descent
+from training.engine.optimiser import DecayedDescent, TorchOptimiser, by_decay, everything
 
 
 @dataclass(frozen=True)
-class AdamWDescent(Descent):
+class AdamWDescent(DecayedDescent):
     """Describe the next update of AdamW, without doing it."""
 
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decayed: frozenset[str]  # names of the parameters that weight decay acts on
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
     # By parameter name, absent before step 1: running means of gradients and of their squares, and updates done.
     mean: Mapping[str, Tensor] = field(default_factory=dict)
     square: Mapping[str, Tensor] = field(default_factory=dict)
@@ -63,19 +59,6 @@ class AdamWDescent(Descent):
             pulled[name] = (mean_slope - mean * root_slope / (root + self.eps)) / (root + self.eps) * value
         return pulled
 
-    def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
-        """Return ½·decay·Σθ² of the values that weight decay acts on."""
-        return (
-            self.weight_decay / 2 * sum(value.square().sum() for name, value in values.items() if name in self.decayed)
-        )
-
-    def add_penalty(self, gradients: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return gradients with that of `penalty` at these values."""
-        return {
-            name: gradient + self.weight_decay * values[name] if name in self.decayed else gradient
-            for name, gradient in gradients.items()
-        }
-
     def to(self, dtype: torch.dtype) -> AdamWDescent:
         """Return the same in another precision."""
         mean, square = ({name: one.to(dtype) for name, one in held.items()} for held in (self.mean, self.square))
@@ -100,7 +83,7 @@ class AdamWDescent(Descent):
         return mean / correction1, (1 - self.beta1) / correction1, root, (1 - self.beta2) / correction2
 
 
-class AdamW:
+class AdamW(TorchOptimiser):
     """Update by AdamW, with decoupled weight decay, a model's parameters and those of its objective's memory."""
 
     def __init__(
@@ -129,22 +112,4 @@ class AdamW:
             if value in self.optimizer.state
         }
         mean, square, steps = ({n: s[key] for n, s in held.items()} for key in ("exp_avg", "exp_avg_sq", "step"))
-        return AdamWDescent(self.beta1, self.beta2, self.eps, self.weight_decay, self.decayed, mean, square, steps)
-
-    def update(self, lr: float) -> None:
-        """Move all parameters by their gradients, at the learning rate `lr`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
-        self.optimizer.load_state_dict(saved)
+        return AdamWDescent(self.weight_decay, self.decayed, self.beta1, self.beta2, self.eps, mean, square, steps)

@@ -1,4 +1,4 @@
-"""SGD: its update, and the lookahead by which a meta step asks where its next update would go.
+"""What optimisers share, and SGD: its update, and the lookahead by which a meta step asks where the next would go.
 
 Another optimiser is another file: an `Optimiser` such as `Sgd`, and a `Descent` of its own.
 """
@@ -51,23 +51,11 @@ class Optimiser(Protocol):
 
 
 @dataclass(frozen=True)
-class SgdDescent(Descent):
-    """Describe the next update of SGD with momentum and coupled weight decay, without doing it."""
+class DecayedDescent(Descent):
+    """See weight decay as every optimiser here has it: on some of the parameters."""
 
-    momentum: float = 0.9
     weight_decay: float = 0.0
     decayed: frozenset[str] = frozenset()  # names of the parameters that weight decay acts on
-    velocity: Mapping[str, Tensor] = field(default_factory=dict)  # by parameter name; absent before step 1
-
-    def look_ahead(
-        self, values: Mapping[str, Tensor], gradients: Sequence[Tensor], rate: float, *, momentum: bool = True
-    ) -> dict[str, Tensor]:
-        """Return θ − rate·(μ·m + gradient + weight decay), the optimiser's own next step (step 4)."""
-        ahead = super().look_ahead(values, gradients, rate)
-        _add(ahead, self._decayed(values), -rate * self.weight_decay)
-        if momentum:
-            _add(ahead, self.velocity, -rate * self.momentum)
-        return ahead
 
     def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
         """Return ½·decay·Σθ² of the values that weight decay acts on."""
@@ -82,15 +70,57 @@ class SgdDescent(Descent):
         sums = foreach_add([gradients[name] for name in decayed], list(decayed.values()), alpha=self.weight_decay)
         return {**gradients, **dict(zip(decayed, sums, strict=True))}
 
-    def to(self, dtype: torch.dtype) -> SgdDescent:
-        """Return the same in another precision."""
-        return replace(self, velocity={name: value.to(dtype) for name, value in self.velocity.items()})
-
     def _decayed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if name in self.decayed}
 
 
-class Sgd:
+@dataclass(frozen=True)
+class SgdDescent(DecayedDescent):
+    """Describe the next update of SGD with momentum and coupled weight decay, without doing it."""
+
+    momentum: float = 0.9
+    velocity: Mapping[str, Tensor] = field(default_factory=dict)  # by parameter name; absent before step 1
+
+    def look_ahead(
+        self, values: Mapping[str, Tensor], gradients: Sequence[Tensor], rate: float, *, momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return θ − rate·(μ·m + gradient + weight decay), the optimiser's own next step (step 4)."""
+        ahead = super().look_ahead(values, gradients, rate)
+        _add(ahead, self._decayed(values), -rate * self.weight_decay)
+        if momentum:
+            _add(ahead, self.velocity, -rate * self.momentum)
+        return ahead
+
+    def to(self, dtype: torch.dtype) -> SgdDescent:
+        """Return the same in another precision."""
+        return replace(self, velocity={name: value.to(dtype) for name, value in self.velocity.items()})
+
+
+class TorchOptimiser:
+    """Update by an optimiser of torch's, which holds the state."""
+
+    optimizer: torch.optim.Optimizer
+
+    def update(self, lr: float) -> None:
+        """Move all parameters by their gradients, at the learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
+        self.optimizer.load_state_dict(saved)
+
+
+class Sgd(TorchOptimiser):
     """Update by SGD with momentum and coupled weight decay a model's parameters and those of its objective's memory."""
 
     def __init__(
@@ -113,25 +143,9 @@ class Sgd:
             buffer = self.optimizer.state.get(value, {}).get("momentum_buffer")
             if buffer is not None:
                 velocity[name] = buffer
-        return SgdDescent(self.momentum, self.weight_decay, self.decayed, velocity)
-
-    def update(self, lr: float) -> None:
-        """Move all parameters by their gradients, at the learning rate `lr`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
-        self.optimizer.load_state_dict(saved)
+        return SgdDescent(
+            weight_decay=self.weight_decay, decayed=self.decayed, momentum=self.momentum, velocity=velocity
+        )
 
 
 def by_decay(
