@@ -58,7 +58,7 @@ class Options:
     duplicates: bool = False
     """Look for copies of images across splits and within them, also if compressed anew or scaled. Reads every image."""
     pairs: str = "duplicates.csv"
-    """File that --duplicates writes: all pairs of copies. A local path or any fsspec URL."""
+    """CSV that --duplicates writes: each image with its nearest copy in each split. A local path or any fsspec URL."""
 
     def __post_init__(self) -> None:
         if self.sample < 0:

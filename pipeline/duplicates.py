@@ -38,7 +38,8 @@ class Copies:
 
 
 def duplicates(listing: Listing, pairs: str, console: Console) -> Iterator[Finding]:
-    """Yield what is found of copies among the images of a listing, and write all pairs to `pairs`, a CSV file.
+    """Yield what is found of copies among the images of a listing, and write each with its nearest copy in each split
+    to `pairs`, a CSV file.
 
     All images are read once. Raises InputError for storage that cannot be used.
     """
