@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.images import decode
-from pipeline.views import Views
+from pipeline.views import Interpolation, Views
 
 MOST_HELD_OUT = 50  # trusted examples of a class: more tell accuracies apart no better than a sweep needs
 HELD_OUT_DRAW = 4  # no other draw of a data set has this number
@@ -181,6 +181,14 @@ class Source(ABC):
     def shape(self) -> tuple[int, int, int]:
         """Return H, W and C of the images that the network sees."""
 
+    def seen(self, size: int, crop: float, interpolation: Interpolation) -> Source:
+        """Return the source with its images as a network's weights were trained to see them: `size` px a side, a test
+        view the middle `crop` of the image.
+
+        What is set already stays; here all is.
+        """
+        return self
+
     @abstractmethod
     def load(self, url: str, seed: int) -> Dataset:
         """Return the data set at `url`, checked; `seed` keys all draws. Raises InputError for what cannot work."""
@@ -204,6 +212,10 @@ class HeldOut(Source):
     def shape(self) -> tuple[int, int, int]:
         """See `Source`."""
         return self.source.shape
+
+    def seen(self, size: int, crop: float, interpolation: Interpolation) -> HeldOut:
+        """See `Source`."""
+        return replace(self, source=self.source.seen(size, crop, interpolation))
 
     def load(self, url: str, seed: int) -> Dataset:
         """See `Source`."""

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.dataset import Dataset, Examples, InputError, Source, Split
 from pipeline.policies import Policy
-from pipeline.views import PhotoViews
+from pipeline.views import PHOTO_SIZE, Interpolation, PhotoViews
 
 NAME = "index.json"
 ROW_GROUP = 16  # rows: some 400 kB of 256-px JPEGs, the least that storage serves at a good rate
@@ -268,20 +268,37 @@ class Sharded(Source):
     """The layout that the shards were made from."""
     evaluate: tuple[str, ...] = ("test",)
     """Evaluation sets; the headline figure is read from the first."""
-    size: int = 224
-    """Side of the square images that the network sees, px."""
+    size: int | None = None
+    """Side of the square images that the network sees, px; None: that of its pretrained weights, or 224."""
     policy: Policy = "autoaugment"
     """Operations of the strong view: the learned ImageNet policy, two random ones, or none."""
+    crop: float | None = None
+    """Share of the short side that a test view shows, 0…1; None: that of the network's pretrained weights, or 0.875."""
+    interpolation: Interpolation | None = None
+    """How images come to their size; None: as with the network's pretrained weights, or bilinear."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"dataset.size is {self.size}: it must be 1 or more")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"dataset.crop is {self.crop}: it must be above 0 and at most 1")
 
     @property
     def views(self) -> PhotoViews:
         """Return the weak and strong views to train with."""
-        return PhotoViews(self.policy, self.size)
+        return PhotoViews(self.policy, self.size or PHOTO_SIZE, self.crop, self.interpolation or "bilinear")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return H, W and C of the images that the network sees."""
-        return self.size, self.size, 3
+        size = self.views.size
+        return size, size, 3
+
+    def seen(self, size: int, crop: float, interpolation: Interpolation) -> Sharded:
+        """See `Source`."""
+        return replace(
+            self, size=self.size or size, crop=self.crop or crop, interpolation=self.interpolation or interpolation
+        )
 
     def load(self, url: str, seed: int) -> Dataset:
         """Return the data set whose index is at `url`; the probe is read into memory as it is stored."""

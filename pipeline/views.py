@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from pipeline.policies import CIFAR_POLICY, IMAGENET_POLICY, Policy, apply_policy, below
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 CUTOUT = 16  # px, the side of the square, for CIFAR and photographs (docs/method.md, Data rules)
 CUTOUT_FILL = 128  # mid-grey: the authors cut out zeros of data in [−1, 1]
@@ -100,13 +103,16 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the image at another size by bilinear interpolation; what shrinks is smoothed first, as torchvision and
-    PIL do.
+def resize(image_HWC: np.ndarray, height: int, width: int, interpolation: Interpolation = "bilinear") -> np.ndarray:
+    """Return the image at another size; what shrinks is smoothed first, as torchvision and PIL do.
 
-    They weigh by a triangle as wide as the scale. A smoothing of the same variance and cv2's plain interpolation leave
-    as much fine detail, within 5 %; cv2's INTER_AREA leaves up to 50 % more, in twice the time at scales below 2.
+    By bilinear interpolation they weigh by a triangle as wide as the scale. A smoothing of the same variance and cv2's
+    plain interpolation leave as much fine detail, within 5 %; cv2's INTER_AREA leaves up to 50 % more, in twice the
+    time at scales below 2. Bicubic interpolation is PIL's own, by which pretrained networks were tested: cv2's has
+    another kernel, and no smoothing.
     """
+    if interpolation == "bicubic":
+        return np.asarray(Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC))
     old_height, old_width, _ = image_HWC.shape
     if old_height > height or old_width > width:
         kernels = _triangle(old_width / width), _triangle(old_height / height)
@@ -184,12 +190,17 @@ class PhotoViews:
     """Operations of the strong view: the learned ImageNet policy, two random ones, or none (crop, flip, cutout)."""
     size: int = PHOTO_SIZE
     """Side of a view, px."""
+    crop: float | None = None
+    """Share of a test view's short side that its centre has; None: 224 of 256 px."""
+    interpolation: Interpolation = "bilinear"
+    """How images come to another size."""
 
     def weak(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a random part of random shape, resized, and a random flip: uint8 SS3."""
         height, width, _ = image_HWC.shape
         top, left, h, w = crop_box(height, width, rng)
-        return flip(resize(image_HWC[top : top + h, left : left + w], self.size, self.size), rng)
+        part = image_HWC[top : top + h, left : left + w]
+        return flip(resize(part, self.size, self.size, self.interpolation), rng)
 
     def pair(self, image_HWC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return the weak view, and the strong one: another part, flip, policy, cutout of 16 px; both uint8 SS3."""
@@ -200,17 +211,18 @@ class PhotoViews:
     @property
     def short_side(self) -> int:
         """Return to how many px a test view resizes the short side before it cuts out the centre: 256 for views of
-        224.
+        224, or as timm reckons it by `crop`.
         """
-        return _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
+        return math.floor(self.size / self.crop) if self.crop else _scaled(PHOTO_SHORT_SIDE, self.size, PHOTO_SIZE)
 
     def test(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Return the centre of the image, after its short side is resized to 256 px: uint8 SS3."""
+        """Return the centre of the image, after its short side is resized to `short_side`: uint8 SS3."""
         height, width, _ = image_HWC.shape
         short = min(height, width)
         # A banner loses its ends first: resized as a whole it would fill the memory.
         middle = _centre(image_HWC, min(height, BANNER * short), min(width, BANNER * short))
-        resized = resize(middle, *(side * self.short_side // short for side in middle.shape[:2]))
+        new_height, new_width = (side * self.short_side // short for side in middle.shape[:2])
+        resized = resize(middle, new_height, new_width, self.interpolation)
         return np.ascontiguousarray(_centre(resized, self.size, self.size))
 
 

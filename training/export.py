@@ -3,8 +3,9 @@
     python -m training.export runs/webvision --out model.onnx
 
 Input `image`: float32, B×C×H×W; output `logits`, B×K. The file's metadata hold `class_names`, a JSON list, and
-`preprocessing`, JSON: shrink or enlarge an image until its short side has `resize_short_side` px (bilinear, smoothed
-where it shrinks), cut out the `height`×`width` px in its centre, divide values 0…255 by 127.5 and subtract 1.
+`preprocessing`, JSON: shrink or enlarge an image until its short side has `resize_short_side` px (by `interpolation`,
+bilinear or bicubic, smoothed where it shrinks), cut out the `height`×`width` px in its centre, divide values 0…255 by
+127.5 and subtract 1; the mean and deviation that pretrained weights want are in the network.
 
 Shapes: B images of C channels and H×W pixels, K classes.
 """
@@ -73,13 +74,14 @@ def export(request: Request, console: Console | None = None) -> float:
 
 def preprocessing(source: Source) -> dict[str, object]:
     """Return what must be done to an image before the network, as the text at the top of this file describes it."""
-    height, width, channels = source.shape
+    (height, width, channels), views = source.shape, source.views
     return {
         "layout": "NCHW",
         "colour": "RGB" if channels == 3 else "grey",
         "height": height,
         "width": width,
-        "resize_short_side": source.views.short_side if isinstance(source.views, PhotoViews) else min(height, width),
+        "resize_short_side": views.short_side if isinstance(views, PhotoViews) else min(height, width),
+        "interpolation": views.interpolation if isinstance(views, PhotoViews) else "bilinear",
         "divide_by": 127.5,
         "subtract": 1.0,
     }

@@ -110,7 +110,9 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     console, stop = console or Console(), until or recipe.schedule.steps
     # Workers run in other folders.
     data, start_from = (absolute(url) if url else "" for url in (recipe.data, recipe.start_from))
-    recipe = replace(recipe, data=data, start_from=start_from)
+    recipe, said = pretrained.as_trained(replace(recipe, data=data, start_from=start_from))
+    for line in said:
+        console.print(f"{recipe.name}: {line}", highlight=False, soft_wrap=True)
     start = _prepare(recipe, console)
     if start.step >= stop:
         return Result(start.folder, start.history, start.dataset)
@@ -139,7 +141,8 @@ def _prepare(recipe: Recipe, console: Console) -> Start:
     dataset = recipe.dataset.load(recipe.data, recipe.seed)
     step, history = _resume_point(folder, recipe, dataset.digest, console)
     if (recipe.start_from or recipe.weights) and not step:
-        _fetch_weights(recipe, dataset.class_names, folder, console)
+        sha256 = _fetch_weights(recipe, dataset.class_names, folder, console)
+        recipe_file.write(folder, recipe, dataset.digest, weights=sha256)
     for note in dataset.notes:
         console.print(f"{recipe.name}: {note}", highlight=False, soft_wrap=True)
     if step:
@@ -267,8 +270,11 @@ def _resume_point(folder: str, recipe: Recipe, data: str, console: Console) -> t
     return int(saved["step"]), saved["history"]
 
 
-def _fetch_weights(recipe: Recipe, class_names: tuple[str, ...], folder: str, console: Console) -> None:
-    """Read the weights to start from, once, and write them into the run's folder as they fit its network."""
+def _fetch_weights(recipe: Recipe, class_names: tuple[str, ...], folder: str, console: Console) -> str:
+    """Read the weights to start from, once, and write them into the run's folder as they fit its network.
+
+    Returns the sha256 of what was read.
+    """
     if recipe.start_from:
         model = model_file.read(recipe.start_from)
         _check_start(recipe, model)
@@ -282,6 +288,7 @@ def _fetch_weights(recipe: Recipe, class_names: tuple[str, ...], folder: str, co
     what = f"starts from {recipe.start_from or recipe.network}, {len(found)} tensors, sha256 {sha256[:16]}"
     what += f"; new: {', '.join(new)}" if new else ""
     console.print(f"{recipe.name}: {what}", highlight=False, soft_wrap=True)
+    return sha256
 
 
 def _check_start(recipe: Recipe, model: model_file.ModelFile) -> None:

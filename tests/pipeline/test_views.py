@@ -4,6 +4,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import timm.data
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -266,6 +267,19 @@ def test_test_view_is_close_to_torchvisions(shape):
     image = photograph(*shape)
     theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(Image.fromarray(image))
     assert np.abs(PhotoViews().test(image).astype(int) - np.asarray(theirs)).mean() < 1.0  # of 255
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_384.augreg_in21k_ft_in1k", "resnet50.tv_in1k"])
+def test_test_view_is_timms_of_the_same_network(name):
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    image = photograph(300, 401)
+    theirs = np.asarray(timm.data.create_transform(**config)(Image.fromarray(image))).transpose(1, 2, 0)
+    mean, std = np.array(config["mean"]), np.array(config["std"])
+    views = PhotoViews("none", config["input_size"][1], config["crop_pct"], config["interpolation"])
+    apart = np.abs(views.test(image) - 255 * (theirs * std + mean))
+    assert apart.mean() < (0.05 if config["interpolation"] == "bicubic" else 1.0)  # of 255
+    height, width, _ = views.weak(image, np.random.default_rng(0)).shape
+    assert height == width == config["input_size"][1]
 
 
 def test_test_view_of_a_banner_is_its_centre():

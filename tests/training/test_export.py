@@ -100,6 +100,8 @@ def test_what_photographs_need_before_the_network():
     said = export.preprocessing(Sharded("custom"))
     assert (said["resize_short_side"], said["height"], said["width"], said["colour"]) == (256, 224, 224, "RGB")
     assert export.preprocessing(Sharded("custom", size=112))["resize_short_side"] == 128
+    said = export.preprocessing(Sharded("custom", size=112, crop=0.95, interpolation="bicubic"))
+    assert (said["resize_short_side"], said["interpolation"]) == (117, "bicubic")  # ⌊112 / 0.95⌋
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and started again ends to the bit as one that was not: weights, ledger, history."""
 
+import hashlib
 import io
 import re
 import shutil
@@ -21,7 +22,7 @@ from training.engine.chronicle import Chronicle
 from training.engine.schedule import Schedule
 from training.objectives.registry import METHODS
 from training.recipe import Recipe
-from training.runs import checkpoint, ledger, model_file, notes
+from training.runs import checkpoint, ledger, model_file, notes, recipe_file
 
 ORDER = [("step", "ascending"), ("id", "ascending")]
 
@@ -126,6 +127,8 @@ def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path,
         killed(patched, worker, "update", 12)
         with pytest.raises(Killed):
             run(made[1])
+    sha256 = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    assert recipe_file.read(whole.folder)[recipe_file.WEIGHTS] == sha256
     (tmp_path / "weights.pth").unlink()
     assert_same(run(made[1])[0], whole)
     model = model_file.read(whole.folder)

@@ -10,6 +10,7 @@ import io
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.dataset import InputError
+from pipeline.views import Interpolation
 from training.objectives.memory import classifier
-from training.recipe import HUB
+from training.recipe import HUB, Recipe
 
 NAME = "start.safetensors"  # in a run's folder: the weights it starts from, as they fit its network
 NESTED = ("state_dict", "model", "model_ema", "state_dict_ema")  # where training scripts keep a network's weights
@@ -46,6 +48,29 @@ def read(weights: str, network: str) -> tuple[dict[str, Tensor], str]:
         what = f"{weights} holds no weights that can be read safely ({type(error).__name__})"
         raise InputError(f"{what}: give safetensors, or a .pth of tensors alone") from None
     return _flat(held, weights), hashlib.sha256(data).hexdigest()
+
+
+def as_trained(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe whose images have the size, crop and interpolation that its weights were trained with.
+
+    What the recipe sets itself stays. Beside it come lines on what is otherwise here.
+    """
+    config = timm_config(recipe.network)
+    if not (recipe.weights and config):
+        return recipe, []
+    interpolation: Interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"
+    dataset = recipe.dataset.seen(min(config.input_size[1:]), config.crop_pct, interpolation)
+    notes = []
+    if config.crop_mode != "center":
+        notes.append(f"{recipe.network} was tested on {config.crop_mode}ed images; here the centre of each is cut out")
+    return replace(recipe, dataset=dataset), notes
+
+
+def timm_config(network: str) -> Any:
+    """Return what timm knows of a network's pretrained weights; None where it knows none."""
+    import timm  # several seconds to import
+
+    return timm.get_pretrained_cfg(network) if timm.is_model(network) else None
 
 
 def _of_hub(network: str) -> tuple[dict[str, Tensor], str]:

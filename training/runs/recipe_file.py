@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.dataset import InputError
 from training.recipe import Recipe, as_json
 
-NAME, DATA = "recipe.json", "checksum of the data"
+NAME, DATA, WEIGHTS = "recipe.json", "checksum of the data", "checksum of the weights it started from"
 SCHEMA = 1  # of the file; 0 are those without a number
 # What may differ when a run is resumed; everything else decides the result.
 FREE_TO_CHANGE = (
@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # Fields that recipes had once, with the value under which a run did what it does without them.
 RETIRED = {"objective.meta_every": 1, "objective.meta_probe": 1.0}
+LEFT_OPEN = {"dataset.size": 224, "dataset.source.size": 224}  # fields that say None now where they said this
 RENAMED = {"CleanNetWeights": "CleanNet"}  # kinds of objectives, by the name they had
 
 
@@ -29,10 +30,11 @@ def record(recipe: Recipe, data: str) -> dict[str, Any]:
     return {"schema": SCHEMA, **decides, DATA: data}
 
 
-def write(folder: str, recipe: Recipe, data: str) -> None:
-    """Write recipe.json into a run's folder."""
+def write(folder: str, recipe: Recipe, data: str, weights: str = "") -> None:
+    """Write recipe.json into a run's folder; `weights` is the sha256 of those the run starts from."""
     fs, path = storage.connect(folder)
-    storage.write(fs, storage.join(path, NAME), json.dumps(record(recipe, data), indent=2).encode())
+    held = record(recipe, data) | ({WEIGHTS: weights} if weights else {})
+    storage.write(fs, storage.join(path, NAME), json.dumps(held, indent=2).encode())
 
 
 def read(folder: str) -> dict[str, Any]:
@@ -65,11 +67,14 @@ def differences(recipe: Recipe, wanted: Mapping[str, Any], held: Mapping[str, An
     for path, value in RETIRED.items():
         if path not in now and then.get(path) == value:
             del then[path]
+    for path, value in LEFT_OPEN.items():
+        if now.get(path, value) is None and then.get(path) == value:
+            then[path] = None
     if (kind := str(then.get("objective.kind"))) in RENAMED:
         then["objective.kind"] = RENAMED[kind]
     if "dataset.source.kind" in now:  # left out by schema 0
         then.setdefault("dataset.source.kind", now["dataset.source.kind"])
-    ignored = {"schema", *FREE_TO_CHANGE}
+    ignored = {"schema", WEIGHTS, *FREE_TO_CHANGE}
     absent = object()
     paths = [path for path in {**now, **then} if path.partition(".")[0] not in ignored]
     return [path for path in paths if now.get(path, absent) != then.get(path, absent)]

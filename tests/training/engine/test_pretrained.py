@@ -4,6 +4,7 @@ Shapes: B images, C channels, K classes.
 """
 
 import io
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,8 +12,12 @@ import torch
 from safetensors.torch import save
 from timm.data import resolve_data_config
 
-from pipeline.dataset import InputError
+from pipeline.dataset import HeldOut, InputError
+from pipeline.digits import Digits
+from pipeline.index import Sharded
 from training.engine import networks, pretrained
+from training.objectives.baselines.supervised import Supervised
+from training.recipe import Recipe
 
 NETWORK = "resnet10t"  # its weights expect ImageNet's mean and deviation
 
@@ -182,3 +187,20 @@ def test_networks_are_built_for_the_size_of_the_images(name, size):
     with torch.device("meta"):
         network = networks.build(name, 3, 5, 0, size=size, drop_path=0.1).eval()
         assert network(torch.empty(2, 3, size, size)).shape == (2, 5)
+
+
+def test_images_have_the_size_that_the_weights_were_trained_with_unless_it_is_set():
+    run = Recipe("run", Sharded("custom"), Supervised(), network="resnet10t.c3_in1k", weights="w.pth")
+    seen, said = pretrained.as_trained(run)
+    assert seen.dataset == Sharded("custom", size=176, crop=0.875, interpolation="bicubic")
+    assert seen.dataset.shape == (176, 176, 3)
+    assert not said
+    held_out = replace(run, dataset=HeldOut(run.dataset, 2))
+    assert pretrained.as_trained(held_out)[0].dataset == HeldOut(seen.dataset, 2)
+    chosen = replace(run, dataset=Sharded("custom", size=96, crop=1.0, interpolation="bilinear"))
+    assert pretrained.as_trained(chosen)[0] == chosen
+    assert pretrained.as_trained(replace(run, weights=""))[0] == replace(run, weights="")
+    digits = replace(run, dataset=Digits())  # as large as they are
+    assert pretrained.as_trained(digits)[0] == digits
+    squashed = replace(run, network="convnext_tiny.fb_in22k_ft_in1k_384")
+    assert "was tested on squashed images" in pretrained.as_trained(squashed)[1][0]

@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.cifar import Cifar
 from pipeline.dataset import HeldOut, InputError
 from pipeline.digits import Digits
+from pipeline.index import Sharded
 from training import launch
 from training.engine.schedule import Schedule
 from training.objectives.baselines.cleannet import CleanNet
@@ -114,6 +115,20 @@ def test_a_trial_of_the_first_version_goes_on_though_it_does_not_name_its_data_s
     assert differences(trial, record(trial, "0"), held) == []
     held["dataset"]["per_class"] = 3
     assert differences(trial, record(trial, "0"), held) == ["dataset.per_class"]
+
+
+def test_the_size_of_photographs_that_is_left_open_now_is_what_it_was():
+    now = replace(MADE, dataset=Sharded("custom"))
+    held = record(replace(now, dataset=Sharded("custom", size=224)), "data")
+    assert not differences(now, record(now, "data"), held)
+    held = record(replace(now, dataset=Sharded("custom", size=96)), "data")
+    assert differences(now, record(now, "data"), held) == ["dataset.size"]
+
+
+def test_the_checksum_of_weights_is_kept_and_makes_no_other_run(tmp_path):
+    recipe_file.write(str(tmp_path), MADE, "0", weights="ab12")
+    assert recipe_file.read(str(tmp_path))[recipe_file.WEIGHTS] == "ab12"
+    recipe_file.require_same(str(tmp_path), MADE, "0")
 
 
 def test_what_is_free_to_change_is_no_part_of_it():
