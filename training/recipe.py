@@ -73,6 +73,15 @@ class Recipe:
     """What weight decay acts on: all parameters (WRN), or kernels of convolutions and linear layers (ResNet-29)."""
     clip: float = 0.0
     """Norm that the gradient of all parameters together is clipped to, in the lookahead as well; 0: not at all."""
+    layer_decay: float = 1.0
+    """Factor of the rate from each layer of a timm network to the one before it, as timm counts layers (0.65 to 0.9 is
+    usual for pretrained transformers); 1: all have the same."""
+    freeze: Literal["nothing", "backbone"] = "nothing"
+    """What stays as it is for the first freeze_steps: backbone is all but the last layer."""
+    freeze_steps: int = 0
+    """Steps at the start in which that does not move; 0: the whole run."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of parameters, which is evaluated; near the start it is lower, (1+t)/(10+t)."""
     workers: int | tuple[int, int] = 1
     """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process. Of two
     numbers, least and most, the run takes what the cluster has, and goes on with the rest as machines come and go."""
@@ -113,6 +122,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._check_optimiser()
         self._check_groups()
         self._check_passes()
 
@@ -122,24 +132,30 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 or more")
         at_least_0 = ("evaluate_every", "weight_decay", "seed", "checkpoint_steps", "checkpoint_minutes", "pass_groups")
-        for name in (*at_least_0, "clip"):
+        for name in (*at_least_0, "clip", "freeze_steps"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}: it must be below 2^32")
-        for name in ("momentum", "beta2", "drop_path"):
+        for name in ("momentum", "beta2", "drop_path", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name is {self.name!r}: it must be a folder name")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
+
+    def _check_optimiser(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}: it must be above 0 and at most 1")
+        if self.freeze_steps and self.freeze == "nothing":
+            raise ValueError(f"freeze_steps is {self.freeze_steps} and nothing is frozen: set --freeze backbone")
         ahead = getattr(self.objective, "lookahead_lr", None)
         if self.optimiser == "adamw" and ahead is not None and ahead > 10 * self.schedule.lr:
             raise ValueError(
                 f"objective.lookahead_lr {ahead} is made for SGD: AdamW moves every parameter by about that much; "
                 "set it to None (the schedule's rate), or near schedule.lr"
             )
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name is {self.name!r}: it must be a folder name")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}: it must be above 0 seconds")
 
     def _check_groups(self) -> None:
         if self.batch % self.group:
@@ -164,6 +180,8 @@ class Recipe:
             raise ValueError(
                 "compile goes with none of engine second_order, a smaller meta_scope, pass_groups and recompute"
             )
+        if self.cuda_graph and self.freeze_steps:
+            raise ValueError("cuda_graph repeats one and the same step: leave freeze_steps out")
         if self.cuda_graph and (self.most_workers > 1 or not self.objective.steady):
             steady = ", ".join(name for name, make in METHODS.items() if make().steady)
             raise ValueError(

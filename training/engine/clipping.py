@@ -7,26 +7,23 @@ g by c·I − (c/(|g| + 10⁻⁶))·g·gᵀ/|g|: a term of rank one, which pulls
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from training.engine.optimiser import Optimiser
-from training.objectives.interface import Descent
+from training.engine.optimiser import Optimiser, Wrapped, WrappedDescent
 
 SMALL = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
 @dataclass(frozen=True)
-class ClippedDescent(Descent):
+class ClippedDescent(WrappedDescent):
     """Describe the next update of an optimiser whose gradients are clipped, without doing it.
 
     The norm is that of the gradients that are given: of the parameters that the lookahead moves.
     """
 
-    inner: Descent
     norm: float
 
     def look_ahead(
@@ -49,29 +46,18 @@ class ClippedDescent(Descent):
         share = torch.where(factor < 1, factor * along / (length * (length + SMALL)), 0)
         return {name: factor * pulled[name] - share * one for name, one in zip(direction, gradients, strict=True)}
 
-    def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
-        """Return what weight decay adds to a loss at these values."""
-        return self.inner.penalty(values)
-
-    def add_penalty(self, gradients: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return gradients with that of `penalty` at these values."""
-        return self.inner.add_penalty(gradients, values)
-
-    def to(self, dtype: torch.dtype) -> ClippedDescent:
-        """Return the same in another precision."""
-        return replace(self, inner=self.inner.to(dtype))
-
     def _factor(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         length = torch.stack([one.square().sum() for one in gradients]).sum().sqrt()
         return (self.norm / (length + SMALL)).clamp(max=1.0), length
 
 
-class Clipped:
+class Clipped(Wrapped):
     """Clip the gradients of all parameters together to a norm, then let another optimiser update."""
 
     def __init__(self, inner: Optimiser, trained: Sequence[nn.Parameter], norm: float) -> None:
         """Wrap `inner`, which updates the parameters `trained`."""
-        self.inner, self.trained, self.norm = inner, trained, norm
+        super().__init__(inner)
+        self.trained, self.norm = trained, norm
 
     def descent(self) -> ClippedDescent:
         """Return the next update as a meta step sees it."""
@@ -81,15 +67,3 @@ class Clipped:
         """Move all parameters by their clipped gradients."""
         torch.nn.utils.clip_grad_norm_(self.trained, self.norm)
         self.inner.update(lr)
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self.inner.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimiser's state as plain data: clipping has none."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
-        self.inner.load_state_dict(saved)

@@ -28,12 +28,16 @@ GAUGES = {  # what Prometheus shows of the figures in a progress message
     "zero_weights": "Share of the first worker's batch that counts for nothing",
 }
 
+FAULTS = (TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)  # of a program: they come again
+LOST = (torch.AcceleratorError, torch.distributed.DistError)  # of a machine, which the next start may not have
+
 
 def train(config: dict[str, Job]) -> dict[str, Any]:
     """Train to the plan's end, from the last checkpoint; rank 0 returns the run's history, one row an evaluation.
 
     What a person must fix is returned by all workers as an error, because what is raised is tried again: at once where
-    they all see it, else on the next start, from the note that the one that saw it left.
+    they all see it, else on the next start, from the note that the one that saw it left. So is what no retry mends:
+    faults of the program, and what torch refuses twice in the same words.
     """
     job = config["job"]
     with contextlib.ExitStack() as closing:
@@ -49,7 +53,11 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             fixable = isinstance(cause, (InputError, ValueError))
             text = str(cause).partition("\nFailed to ")[0] if fixable else repr(cause)  # Ray adds lines on retries
-            notes.write(job.folder, notes.FAILURE if fixable else notes.LAST_ERROR, text)
+            final = fixable or isinstance(cause, FAULTS)
+            final |= (
+                isinstance(cause, RuntimeError) and not isinstance(cause, LOST) and notes.ends_again(job.folder, text)
+            )
+            notes.write(job.folder, notes.FAILURE if final else notes.LAST_ERROR, text)
             raise cause from None
 
 

@@ -5,6 +5,7 @@ Another optimiser is another file: an `Optimiser` such as `Sgd`, and a `Descent`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -96,15 +97,66 @@ class SgdDescent(DecayedDescent):
         return replace(self, velocity={name: value.to(dtype) for name, value in self.velocity.items()})
 
 
-class TorchOptimiser:
+@dataclass(frozen=True)
+class WrappedDescent(Descent):
+    """See what stands around another optimiser's next update; here it changes nothing."""
+
+    inner: Descent
+
+    def penalty(self, values: Mapping[str, Tensor]) -> Tensor | float:
+        """Return what weight decay adds to a loss at these values."""
+        return self.inner.penalty(values)
+
+    def add_penalty(self, gradients: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients with that of `penalty` at these values."""
+        return self.inner.add_penalty(gradients, values)
+
+    def to(self, dtype: torch.dtype) -> Descent:
+        """Return the same in another precision."""
+        return replace(self, inner=self.inner.to(dtype))
+
+
+class Wrapped:
+    """Stand around another optimiser; here it changes nothing."""
+
+    def __init__(self, inner: Optimiser) -> None:
+        """Wrap `inner`."""
+        self.inner = inner
+
+    def descent(self) -> Descent:
+        """Return the next update as a meta step sees it."""
+        return self.inner.descent()
+
+    def update(self, lr: float) -> None:
+        """Move all parameters by their gradients."""
+        self.inner.update(lr)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.inner.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimiser's state as plain data."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from `state_dict`; raises ValueError where it is of other parameters or groups."""
+        self.inner.load_state_dict(saved)
+
+
+class TorchOptimiser(ABC):
     """Update by an optimiser of torch's, which holds the state."""
 
     optimizer: torch.optim.Optimizer
 
+    @abstractmethod
+    def descent(self) -> Descent:
+        """Return the next update as a meta step sees it."""
+
     def update(self, lr: float) -> None:
         """Move all parameters by their gradients, at the learning rate `lr`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.step()
 
     def zero_grad(self) -> None:

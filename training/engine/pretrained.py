@@ -111,7 +111,7 @@ def fitted(
     """
     own, adapted = network.state_dict(), _adapted(network, weights)
     new = {name for name in own if name.startswith("input_") or (_counts(name) and name not in adapted)}
-    head = _head(network, classes)
+    head = last_layer(network, classes)
     if not new_head:
         head = {name for name in head if name not in adapted or adapted[name].shape != own[name].shape}
     known = own.keys() - new - head
@@ -138,8 +138,8 @@ def _counts(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _head(network: nn.Module, classes: int) -> set[str]:
-    # Names of the tensors of the last layer: as timm tells it, else of the last linear one of so many classes.
+def last_layer(network: nn.Module, classes: int) -> set[str]:
+    """Name the tensors of the last layer: as timm tells it, else of the last linear one of so many classes."""
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     heads = {named} if isinstance(named, str) else set(named)
     if not heads:

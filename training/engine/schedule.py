@@ -1,9 +1,10 @@
-"""Cosine learning rate with warm restarts (SGDR, Loshchilov & Hutter 2017), in closed form."""
+"""Cosine learning rate with warm restarts (SGDR, Loshchilov & Hutter 2017) and a warm-up, in closed form."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Schedule:
     drops: tuple[int, ...] = ()
     """Steps at which the rate falls to a tenth, staying the same between, instead of along cosines (figure 2's other
     curves: 40000 50000)."""
+    warm_up: int = 0
+    """Steps at the start at lower rates, which pretrained networks and AdamW want; they are part of the first cycle."""
+    warm_up_kind: Literal["linear", "constant"] = "linear"
+    """Whether rates rise in a line to the schedule's own, or are a tenth of it until then."""
 
     def __post_init__(self) -> None:
         if not (0 < self.lr < math.inf and 0 < self.m_mul < math.inf):
@@ -35,6 +40,8 @@ class Schedule:
             raise ValueError(
                 f"schedule.first_cycle is {self.first_cycle} and cycles {self.cycles}: both must be 1 or more"
             )
+        if self.warm_up < 0:
+            raise ValueError(f"schedule.warm_up is {self.warm_up}: it must be 0 or more")
         if not self.t_mul >= 1:
             raise ValueError(f"schedule.t_mul is {self.t_mul}: it must be 1 or more")
 
@@ -75,6 +82,11 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step`, from 0."""
+        if step >= self.warm_up:
+            return self._full_rate(step)
+        return self._full_rate(step) * (0.1 if self.warm_up_kind == "constant" else (step + 1) / (self.warm_up + 1))
+
+    def _full_rate(self, step: int) -> float:
         cycle = self.cycle(step)
         if self.drops:
             return self.lr * self.m_mul**cycle * 0.1 ** sum(drop <= step for drop in self.drops)

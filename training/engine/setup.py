@@ -11,7 +11,8 @@ from torch import nn
 from training.engine import networks
 from training.engine.adamw import AdamW
 from training.engine.clipping import Clipped
-from training.engine.optimiser import Optimiser, Sgd, everything, kernels
+from training.engine.layers import Frozen, Scaled, scales
+from training.engine.optimiser import Optimiser, Sgd, TorchOptimiser, everything, kernels
 from training.engine.passes.network import Passes
 from training.engine.state import TrainState
 from training.recipe import Recipe
@@ -51,22 +52,32 @@ def new_state(recipe: Recipe, classes: int, examples: int, workers: int, device:
     """Build the state before step 0, the same on every one of `workers`; for training on `examples` noisy ones."""
     model = new_network(recipe, classes, workers, device)
     memory = recipe.objective.memory(model, examples, classes).to(device)
-    optimiser = new_optimiser(recipe, model, memory)
-    return TrainState(model, optimiser, average=recipe.objective.average_parameters, memory=memory)
+    optimiser = new_optimiser(recipe, model, memory, classes)
+    average = recipe.objective.average_parameters
+    return TrainState(model, optimiser, average=average, memory=memory, average_decay=recipe.ema_decay)
 
 
-def new_optimiser(recipe: Recipe, model: nn.Module, memory: nn.Module) -> Optimiser:
-    """Return the recipe's optimiser of a model and of its objective's memory, before its first update."""
+def new_optimiser(recipe: Recipe, model: nn.Module, memory: nn.Module, classes: int) -> Optimiser:
+    """Return the recipe's optimiser of a model and of its objective's memory, before its first update.
+
+    Around it stand rates by layer, then clipping, then freezing: a norm is of the gradients that move something. Raises
+    ValueError where the network knows no layers.
+    """
     decays = everything if recipe.decay == "all" else kernels
     momentum, weight_decay = recipe.momentum, recipe.weight_decay
     if recipe.optimiser == "adamw":
-        optimiser: Optimiser = AdamW(
+        inner: TorchOptimiser = AdamW(
             model, memory, momentum=momentum, weight_decay=weight_decay, decays=decays, beta2=recipe.beta2
         )
     else:
-        optimiser = Sgd(model, memory, momentum=momentum, weight_decay=weight_decay, decays=decays)
+        inner = Sgd(model, memory, momentum=momentum, weight_decay=weight_decay, decays=decays)
+    optimiser: Optimiser = inner
+    if recipe.layer_decay != 1:
+        optimiser = Scaled(inner, model, scales(model, recipe.layer_decay))
     if recipe.clip:
         optimiser = Clipped(optimiser, [*model.parameters(), *memory.parameters()], recipe.clip)
+    if recipe.freeze == "backbone":
+        optimiser = Frozen(optimiser, model, classes, recipe.freeze_steps)
     return optimiser
 
 

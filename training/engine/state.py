@@ -19,12 +19,19 @@ class TrainState:
     """Hold a model in training, its objective's memory and the optimiser of both."""
 
     def __init__(
-        self, model: nn.Module, optimiser: Optimiser, *, average: bool, memory: nn.Module | None = None
+        self,
+        model: nn.Module,
+        optimiser: Optimiser,
+        *,
+        average: bool,
+        memory: nn.Module | None = None,
+        average_decay: float = 0.999,
     ) -> None:
-        """Begin at step 0; with `average`, keep a moving average of the model's parameters."""
+        """Begin at step 0; with `average`, keep a moving average of the model's parameters, with `average_decay`."""
         self.model, self.optimiser, self.memory = model, optimiser, nn.Module() if memory is None else memory
         parameters = model.named_parameters()
         self.averaged = {name: value.detach().clone() for name, value in parameters} if average else {}
+        self.average_decay = average_decay
         self.step = 0  # updates done
 
     def trained(self) -> list[nn.Parameter]:
@@ -32,10 +39,12 @@ class TrainState:
         return [*self.model.parameters(), *self.memory.parameters()]
 
     def apply_gradients(self, lr: float) -> None:
-        """Update at `lr`, then the moving average with decay min(0.999, (1+t)/(10+t)) (docs/method.md, step 8)."""
+        """Update at `lr`, then the moving average with decay min(`average_decay`, (1+t)/(10+t)) (docs/method.md,
+        step 8).
+        """
         self.optimiser.update(lr)
         if self.averaged:
-            decay = min(0.999, (1 + self.step) / (10 + self.step))
+            decay = min(self.average_decay, (1 + self.step) / (10 + self.step))
             live = [value.detach() for value in self.model.parameters()]
             foreach_lerp_(list(self.averaged.values()), live, 1 - decay)
         self.step += 1

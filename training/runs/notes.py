@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.dataset import InputError
 
-FAILURE, LAST_ERROR, STARTS = NOTES = ("failure.json", "last_error.json", "starts.json")
+FAILURE, LAST_ERROR, STARTS, ENDED = NOTES = ("failure.json", "last_error.json", "starts.json", "ended.json")
 MOST_STARTS = 8  # at one step: a run that gets no further than that is not going to
 
 
@@ -52,3 +52,13 @@ def count_start(folder: str, step: int) -> bool:
             "fix that, or lower checkpoint_steps where machines leave too soon"
         )
     return not before
+
+
+def ends_again(folder: str, error: str) -> bool:
+    """Note the error that ends this start, and return whether it has ended the one before at the same step."""
+    start = read(folder, STARTS)
+    before, now = read(folder, ENDED), {"error": error, "start": len(start), "steps": start}
+    write(folder, ENDED, now)
+    if not before or before["error"] != error:
+        return False
+    return before["start"] == now["start"] - 1 and before["steps"] == start[:-1]

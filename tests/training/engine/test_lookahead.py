@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.engine import networks
 from training.engine.adamw import AdamW
 from training.engine.clipping import Clipped
+from training.engine.layers import Scaled
 from training.engine.optimiser import Sgd, kernels
 from training.objectives.interface import Alone, Batch, Moment
 from training.objectives.meta import MetaProblem, meta_gradient
@@ -53,6 +54,11 @@ OPTIMISERS = {
         AdamW(model, nn.Module(), momentum=0.9, weight_decay=0.05, decays=kernels, beta2=0.99),
         list(model.parameters()),
         norm=0.5,
+    ),
+    "adamw by layer": lambda model: Scaled(
+        AdamW(model, nn.Module(), momentum=0.9, weight_decay=0.05, decays=kernels, beta2=0.99),
+        model,
+        {name: 0.8**place for place, name in enumerate(dict(model.named_parameters()))},
     ),
 }
 

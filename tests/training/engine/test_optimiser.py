@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from training.engine import networks
 from training.engine.adamw import AdamW
 from training.engine.clipping import Clipped
+from training.engine.layers import Frozen, Scaled, scales
 from training.engine.optimiser import Sgd, kernels
 
 
@@ -23,7 +25,26 @@ def clipped(make):
     return made
 
 
-OPTIMISERS = [Sgd, AdamW, clipped(Sgd), clipped(AdamW)]
+FACTORS = {"0.weight": 0.5, "0.bias": 0.5, "2.weight": 1.0, "2.bias": 1.0}
+
+
+def scaled(make):
+    """An optimiser whose first layer has half the rate."""
+    return lambda model, memory, **settings: Scaled(make(model, memory, **settings), model, FACTORS)
+
+
+def frozen(make, steps=0):
+    """An optimiser that moves the last layer alone."""
+    return lambda model, memory, **settings: Frozen(make(model, memory, **settings), model, classes=2, steps=steps)
+
+
+def clipped_by_layer(model, memory, **settings):
+    """As `setup.new_optimiser` puts them together."""
+    inner = Scaled(AdamW(model, memory, **settings), model, FACTORS)
+    return Frozen(Clipped(inner, [*model.parameters(), *memory.parameters()], norm=2.0), model, classes=2, steps=2)
+
+
+OPTIMISERS = [Sgd, AdamW, clipped(Sgd), clipped(AdamW), scaled(Sgd), scaled(AdamW), frozen(AdamW), clipped_by_layer]
 RATES = (0.1, 0.03, 0.2)
 
 
@@ -70,7 +91,8 @@ def test_pull_back_is_how_the_lookahead_moves_with_gradients(make, momentum):
         descent, values = optimiser.descent(), values_of(model)
         direction = {name: torch.randn_like(value) for name, value in values.items()}
         ahead = descent.look_ahead(values, gradients, lr, momentum=momentum)
-        exact = torch.autograd.grad(list(ahead.values()), gradients, [direction[name] for name in ahead])
+        outputs = [value + 0 * sum(gradient.sum() for gradient in gradients) for value in ahead.values()]
+        exact = torch.autograd.grad(outputs, gradients, [direction[name] for name in ahead])  # of what is frozen, 0
         with torch.no_grad():
             found = descent.pull_back(direction, gradients, momentum=momentum)
         for name, slope in zip(ahead, exact, strict=True):
@@ -128,3 +150,41 @@ def test_in_adamw_s_first_step_gradients_of_any_size_but_eps_tell_nothing(eps):
         direction = {name: torch.ones_like(value) for name, value in model.named_parameters()}
         for pulled in descent.pull_back(direction, gradients).values():
             torch.testing.assert_close(pulled, torch.full_like(pulled, eps / (size + eps) ** 2), rtol=1e-6, atol=0)
+
+
+def test_each_layer_has_its_multiple_of_the_rate():
+    plain, by_layer, gradients = small(), small(), torch.Generator().manual_seed(0)
+    by_layer.load_state_dict(plain.state_dict())
+    before = values_of(plain)
+    for make, model in ((Sgd, plain), (scaled(Sgd), by_layer)):
+        optimiser = made(make, model)
+        draw_gradients(model, gradients.manual_seed(1))
+        optimiser.update(0.1)
+    moved, moved_by_layer = values_of(plain), values_of(by_layer)
+    for name, factor in FACTORS.items():
+        torch.testing.assert_close(moved_by_layer[name] - before[name], factor * (moved[name] - before[name]))
+
+
+def test_factors_are_timms_of_its_layers():
+    network = networks.build("vit_tiny_patch16_224", 3, 5, seed=0, size=32)
+    found = scales(network, 0.5)
+    assert (found["head.weight"], found["blocks.11.mlp.fc1.weight"], found["blocks.10.mlp.fc1.weight"]) == (
+        1,
+        0.5,
+        0.25,
+    )
+    assert found["patch_embed.proj.weight"] == 0.5**13
+    assert found.keys() == dict(network.named_parameters()).keys()
+    with pytest.raises(ValueError, match="layer_decay wants a network of timm, which knows its layers: leave it at 1"):
+        scales(networks.build("wrn-10-1", 3, 5, seed=0), 0.5)
+
+
+def test_what_is_frozen_moves_after_its_steps():
+    model, rng = small(), torch.Generator().manual_seed(0)
+    optimiser = made(frozen(AdamW, steps=2), model)
+    for step in range(4):
+        before = values_of(model)
+        draw_gradients(model, rng)
+        optimiser.update(0.1)
+        moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        assert moved == ({"2.weight", "2.bias"} if step < 2 else set(before))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -111,3 +112,15 @@ def test_drops_are_the_standard_decay_of_figure_2():
     rates = [schedule.learning_rate(step) for step in (0, 39_999, 40_000, 49_999, 50_000, 59_999)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     assert schedule.steps == 60_000
+
+
+def test_warm_up_rises_to_the_schedules_rate_or_is_a_tenth_of_it():
+    plain = Schedule(lr=0.2, first_cycle=20, cycles=2)
+    line, tenth = replace(plain, warm_up=4), replace(plain, warm_up=4, warm_up_kind="constant")
+    for step in range(plain.steps):
+        full = plain.learning_rate(step)
+        assert line.learning_rate(step) == pytest.approx(full * min((step + 1) / 5, 1))
+        assert tenth.learning_rate(step) == pytest.approx(full * (0.1 if step < 4 else 1))
+    assert (line.ends, line.steps) == (plain.ends, plain.steps)
+    with pytest.raises(ValueError, match=r"schedule.warm_up is -1: it must be 0 or more"):
+        replace(plain, warm_up=-1)
