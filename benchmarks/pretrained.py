@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from pipeline.shards import Options, ingest
 from training.engine.schedule import Schedule
 from training.launch import guarded, run
 from training.objectives.registry import METHODS
-from training.recipe import Recipe
+from training.recipe import Recipe, looking_ahead
 
 NETWORK = "tf_efficientnet_lite0"
 TRUSTED = 20  # of a class
@@ -146,14 +146,11 @@ def write_table(data: str, noise: str, seed: int, path: str) -> float:
 def recipe(settings: Settings, name: str, column: str, seed: int, folder: str, weights: str) -> Recipe:
     """Return a run of `column` on the shards in `folder`: B = M = 16, one cycle, nothing held back on the CPU."""
     column_of = COLUMNS[column]
-    objective = METHODS[column_of["method"]]()
-    if hasattr(objective, "lookahead_lr"):
-        objective = replace(objective, lookahead_lr=None)  # type: ignore[type-var]
     steps = settings.steps * column_of.get("longer", 1)
     return Recipe(
         name=name,
         dataset=Sharded("custom", size=settings.size),
-        objective=objective,
+        objective=looking_ahead(METHODS[column_of["method"]](), None),
         data=f"{folder}/shards",
         storage=folder,
         network=NETWORK,

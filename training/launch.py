@@ -56,11 +56,11 @@ class Result:
         return self.history[-1]["top1"]
 
 
-def main(recipe: Callable[[str], Recipe]) -> None:
+def main(recipe: Callable[[str], Recipe], *variants: Callable[[str], Recipe]) -> None:
     """Do the whole of a training script: parse, run, print the result; mistakes end it with one line."""
 
     def work() -> None:
-        result, console = run(parse(recipe)), Console()
+        result, console = run(parse(recipe, variants=variants)), Console()
         last = result.history[-1]
         console.print(
             f"top-1 {100 * last['top1']:.2f} %, top-5 {100 * last['top5']:.2f} %: {result.folder}", highlight=False

@@ -219,14 +219,24 @@ def tuned(objective: Objective, p: float, kl: float) -> Objective:
     return dataclasses.replace(objective, p=p, kl=kl if objective.kl else 0.0)
 
 
-def parse(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None = None) -> Recipe:
+def looking_ahead(objective: Objective, lr: float | None) -> Objective:
+    """Return `objective` whose meta step, if it has one, looks ahead by an update at `lr`; None: at the schedule's."""
+    return dataclasses.replace(objective, lookahead_lr=lr) if isinstance(objective, Ieg) else objective
+
+
+def parse(
+    recipe: Callable[[str], Recipe],
+    arguments: Sequence[str] | None = None,
+    variants: Sequence[Callable[[str], Recipe]] = (),
+) -> Recipe:
     """Return the recipe that the command line asks for.
 
-    It is `recipe(method)`, changed by the fields of a file, then field by field.
+    It is `recipe(method)`, or that of the variant that --variant names, changed by the fields of a file, then field by
+    field.
 
     `--help` shows every field; a misspelt or impossible one ends the program with the reason and status 2.
     """
-    chosen = preset(recipe, arguments)
+    chosen = preset(recipe, arguments, variants)
     return tyro.cli(
         Recipe, default=chosen.recipe, args=chosen.rest, description=chosen.about, config=(tyro.conf.AvoidSubcommands,)
     )
@@ -241,17 +251,29 @@ class Preset(NamedTuple):
     about: str  # the text above the help
 
 
-def preset(recipe: Callable[[str], Recipe], arguments: Sequence[str] | None) -> Preset:
-    """Return what --method and --recipe make of `recipe`; a mistake in them ends the program with status 2."""
+def preset(
+    recipe: Callable[[str], Recipe],
+    arguments: Sequence[str] | None,
+    variants: Sequence[Callable[[str], Recipe]] = (),
+) -> Preset:
+    """Return what --method, --recipe and --variant make of `recipe` and its `variants`, which have their functions'
+    names; a mistake in them ends the program with status 2.
+    """
+    made = {"paper": recipe, **{each.__name__: each for each in variants}}
     try:
-        (method, found), rest = tyro.cli(_start, args=arguments, return_unknown_args=True, add_help=False)
+        (method, found, variant), rest = tyro.cli(_start, args=arguments, return_unknown_args=True, add_help=False)
+        if variant not in made:
+            raise InputError(f"--variant is {variant!r}: choose one of {', '.join(made)}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    recipe = made[variant]
     about = (
         f"{(recipe.__doc__ or '').strip()}\n\n--method METHOD sets the objective before all else: {', '.join(METHODS)}."
         "\n--recipe FILE sets it and some fields as a sweep found them, such as its best.yaml; a path or URL."
     )
+    for each in variants:
+        about += f"\n--variant {each.__name__}: {(each.__doc__ or '').strip().splitlines()[0]}"
     return Preset(method, override(recipe(method), found), rest, about)
 
 
@@ -259,15 +281,15 @@ _EITHER = tyro.conf.create_mutex_group(required=False)
 
 
 def _start(
-    method: Annotated[str, _EITHER] = "winnow", recipe: Annotated[str, _EITHER] = ""
-) -> tuple[str, dict[str, Any]]:
-    # A method's name, and fields by dotted path, for tyro to call.
+    method: Annotated[str, _EITHER] = "winnow", recipe: Annotated[str, _EITHER] = "", variant: str = "paper"
+) -> tuple[str, dict[str, Any], str]:
+    # A method's name, fields by dotted path, and which of a script's recipes, for tyro to call.
     found = read_fields(recipe) if recipe else {}
     method = found.pop("method", method)
     if method not in METHODS:
         named = f"{recipe} names the method {method!r}" if recipe else f"--method is {method!r}"
         raise InputError(f"{named}: choose one of {', '.join(METHODS)}")
-    return method, found
+    return method, found, variant
 
 
 def override(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

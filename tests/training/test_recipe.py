@@ -12,6 +12,7 @@ from pipeline.dataset import InputError
 from pipeline.digits import Digits
 from pipeline.index import Sharded
 from pipeline.noise import Noise
+from training.engine import networks
 from training.objectives.baselines.reweight import Reweight
 from training.objectives.baselines.supervised import Supervised
 from training.objectives.ieg import Ieg, ablation, paper, reference
@@ -223,6 +224,25 @@ def test_a_data_set_comes_back_from_recipe_json(dataset):
 def test_a_data_set_that_is_unknown_here_is_refused(said):
     with pytest.raises(InputError, match=r"the recipe names a data set that is unknown here .*: use the code"):
         source_of(said)
+
+
+@pytest.mark.parametrize("script", ["clothing1m", "food101n"])
+def test_a_script_of_photographs_starts_from_imagenet_where_that_is_asked_for(script, capsys):
+    made = importlib.import_module(f"training.{script}")
+    for method in METHODS:
+        assert made.pretrained(method).weights == "pretrained"
+    arguments = ["--variant", "pretrained", "--method", "winnow", "--workers", "4"]
+    chosen = parse(made.recipe, arguments, [made.pretrained])
+    assert chosen == dataclasses.replace(made.pretrained("winnow"), workers=4)
+    assert networks.build(chosen.network, 3, 14, seed=0, own_input=True).pretrained_cfg["tag"] == "tv_in1k"
+    assert parse(made.recipe, [], [made.pretrained]) == made.recipe("winnow")
+    for words, message in (
+        (["--variant", "other"], "error: --variant is 'other': choose one of paper, pretrained"),
+        (["--help"], "--variant pretrained: Start from ImageNet's ResNet-50"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(made.recipe, words, [made.pretrained])
+        assert message in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_supervised_has_one_field():
