@@ -77,7 +77,10 @@ def local_ray():
     """Ray in this machine, started once; logical CPUs enough to place all workers and actors at once."""
     import ray
 
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patched:  # of Ray's own watchers: nobody asks them here, and they never rest
+        patched.setenv("REPORTER_UPDATE_INTERVAL_MS", "60000")
+        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray._private.worker._global_node.kill_log_monitor()  # it looks through all logs ten times a second
     yield
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and started again ends to the bit as one that was not: weights, ledger, history."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -76,40 +77,53 @@ def killed(monkeypatch, where: object, name: str, call: int) -> None:
     monkeypatch.setattr(where, name, act)
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "call", "step"),
-    [
-        (worker, "update", 2, 0),
-        (worker, "update", 8, 6),
-        (worker, "evaluate", 2, 6),
-        (ledger.Ledger, "flush", 3, 5),
-        (checkpoint.Writer, "save", 4, 6),
-        (Chronicle, "export", 1, 15),
-    ],
-)
-def test_killed_anywhere_and_started_again(whole, tmp_path, monkeypatch, where, name, call, step):
-    with monkeypatch.context() as patched:
-        killed(patched, where, name, call)
-        with pytest.raises(Killed):
-            run(short(tmp_path))
-    result, printed = run(short(tmp_path))
-    assert f"{step} of 16 steps are done" in printed if step else "steps are done" not in printed
+# The step that a start goes on from, and what is killed in it at which call. Each but the first keeps a checkpoint
+# before that, so that no later one does the steps anew that an earlier one spoilt.
+KILLS = [
+    (0, worker, "update", 2),
+    (0, ledger.Ledger, "flush", 3),
+    (5, checkpoint.Writer, "save", 2),
+    (6, worker, "update", 6),
+    (10, worker, "evaluate", 1),
+    (12, Chronicle, "export", 1),
+]
+
+
+def test_killed_anywhere_and_started_again_and_again(whole, tmp_path, monkeypatch):
+    """Rows that were written since the last checkpoint are forgotten, also where they are in files of other steps."""
+
+    def start() -> tuple[launch.Result | None, int]:
+        """What it came to, and the step it went on from."""
+        output, result = io.StringIO(), None
+        with contextlib.suppress(Killed):
+            result = launch.run(short(tmp_path), Console(file=output, width=300))
+        told = re.search(r"(\d+) of 16 steps are done", output.getvalue())
+        return result, int(told[1]) if told else 0
+
+    for step, where, name, call in KILLS:
+        with monkeypatch.context() as patched:
+            killed(patched, where, name, call)
+            if step == 6:
+                patched.setattr(ledger, "PART_ROWS", 100)  # a file a step
+            assert start() == (None, step)
+        if step == 6:
+            assert [part.first for part in ledger.parts(f"{tmp_path}/run")] == [0, 3, 5, 6, 7, 8, 9, 10]
+    result, step = start()
+    assert step == 15
     assert_same(result, whole)
 
 
-ADAMW = {
-    "optimiser": "adamw",
-    "clip": 1.0,
-    "objective": replace(METHODS["reference"](), lookahead_lr=None),
-    "schedule": Schedule(lr=0.003, first_cycle=8, cycles=2, t_mul=1.0),
-}
+def few(made: Recipe, **changes) -> Recipe:
+    """Half as many steps: evaluated after 4, 5 and 8, a checkpoint every 3 too."""
+    return replace(made, schedule=replace(made.schedule, first_cycle=4), **changes)
 
 
-@pytest.mark.parametrize("changes", [{"objective": METHODS["elr"]()}, ADAMW], ids=["memory", "moments"])
-def test_what_an_objective_or_optimiser_remembers_goes_on_too(tmp_path, local_ray, monkeypatch, changes):
-    made = [replace(short(tmp_path / name), **changes) for name in ("whole", "killed")]
+def test_what_an_objective_and_an_optimiser_remember_goes_on_too(tmp_path, local_ray, monkeypatch):
+    changes = {"objective": METHODS["elr"](), "optimiser": "adamw", "clip": 1.0}
+    schedule = Schedule(lr=0.003, first_cycle=8, cycles=2, t_mul=1.0)
+    made = [few(replace(short(tmp_path / name), schedule=schedule), **changes) for name in ("whole", "killed")]
     with monkeypatch.context() as patched:
-        killed(patched, worker, "update", 12)
+        killed(patched, worker, "update", 7)
         with pytest.raises(Killed):
             run(made[1])
     assert_same(run(made[1])[0], run(made[0])[0])
@@ -118,13 +132,18 @@ def test_what_an_objective_or_optimiser_remembers_goes_on_too(tmp_path, local_ra
 def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path, local_ray, monkeypatch):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     made = [
-        replace(short(tmp_path / name), network="resnet10t", weights=str(tmp_path / "weights.pth"))
+        few(
+            short(tmp_path / name),
+            objective=METHODS["supervised"](),
+            network="resnet10t",
+            weights=str(tmp_path / "weights.pth"),
+        )
         for name in ("whole", "killed")
     ]
     whole, printed = run(made[0])
     assert re.search("starts from resnet10t, .* tensors, sha256 [0-9a-f]{16}; new: fc.bias, fc.weight", printed)
     with monkeypatch.context() as patched:
-        killed(patched, worker, "update", 12)
+        killed(patched, worker, "update", 7)
         with pytest.raises(Killed):
             run(made[1])
     sha256 = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
@@ -138,27 +157,6 @@ def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path,
     network = model.bare_network(torch.float32)
     torch.testing.assert_close(network.input_scale.flatten(), (0.5 / std)[None])
     torch.testing.assert_close(network.input_shift.flatten(), ((0.5 - mean) / std)[None])
-
-
-def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
-    for _ in range(3):
-        with monkeypatch.context() as patched:
-            killed(patched, worker, "update", 4)
-            with pytest.raises(Killed):
-                run(short(tmp_path))
-    assert_same(run(short(tmp_path))[0], whole)
-
-
-def test_rows_written_since_the_last_checkpoint_are_forgotten(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "PART_ROWS", 100)  # a file a step
-    with monkeypatch.context() as patched:
-        killed(patched, worker, "update", 8)
-        with pytest.raises(Killed):
-            run(short(tmp_path))
-    assert [part.first for part in ledger.parts(f"{tmp_path}/run")] == list(range(7))
-    result, printed = run(short(tmp_path))
-    assert "6 of 16 steps are done" in printed
-    assert_same(result, whole)
 
 
 @pytest.mark.parametrize("harm", ["state.pt", "commit.json"])
@@ -215,8 +213,9 @@ def test_storage_that_fails_for_a_while_loses_nothing(whole, tmp_path, monkeypat
     assert_same(result, whole)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, local_ray, monkeypatch):
-    write = storage.write
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(whole, tmp_path, monkeypatch):
+    folder, write = shutil.copytree(whole.folder, tmp_path / "run"), storage.write
+    shutil.rmtree(folder / "step_00000016")
 
     def on_a_full_disk(fs, path, data):
         if "step_00000016" in path:
@@ -230,6 +229,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(tmp_path, local_
 
 def test_checkpoints_by_the_clock(tmp_path, local_ray, monkeypatch):
     made = replace(short(tmp_path), checkpoint_steps=0, checkpoint_minutes=1e-6, evaluate_every=0)
+    made = replace(made, objective=METHODS["supervised"]())
     seen = []
     save = checkpoint.Writer.save
     monkeypatch.setattr(

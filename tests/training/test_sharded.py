@@ -161,7 +161,7 @@ def test_a_shard_that_is_gone_stops_the_run_with_its_name(tmp_path, local_ray, m
     recipe = Recipe(
         name="run", dataset=Sharded("custom", size=24), objective=winnow(), data=f"{tmp_path}/out",
         storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=2, cycles=1), batch=6,
-        probe_batch=6, group=3, workers=0,
+        probe_batch=6, group=3, workers=0, actors=1,
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     recipe = replace(recipe, data="out")  # workers run in other folders
@@ -179,9 +179,9 @@ def test_a_run_resumes_on_the_same_data_only(tmp_path, local_ray):
         layouts.write(f"{tmp_path}/raw-{name}", files)
         ingest(Custom(), f"{tmp_path}/raw-{name}", Options(f"{tmp_path}/{name}"), console)
     recipe = Recipe(
-        name="run", dataset=Sharded("custom", size=24), objective=winnow(), data=f"{tmp_path}/a",
+        name="run", dataset=Sharded("custom", size=24), objective=Supervised(), data=f"{tmp_path}/a",
         storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=2, cycles=1), batch=6,
-        probe_batch=6, group=3, workers=0,
+        probe_batch=6, group=3, workers=0, actors=1,
     )  # fmt: skip
     run(recipe, console)
     with pytest.raises(InputError, match=r"made with another checksum of the data: .* choose another --name"):
@@ -209,7 +209,7 @@ def test_a_supervised_run_trains_on_cleaned_shards(tmp_path, local_ray):
     recipe = Recipe(
         name="run", dataset=Sharded("custom", size=24), objective=Supervised(), data=f"{tmp_path}/clean",
         storage=f"{tmp_path}/runs", network="wrn-10-1", schedule=Schedule(first_cycle=3, cycles=1), batch=6,
-        probe_batch=6, group=3, workers=0,
+        probe_batch=6, group=3, workers=0, actors=1,
     )  # fmt: skip
     table = ledger.read(run(recipe, console).folder)
     expected = dict(zip(given.id_N.tolist(), [*right_N[:-1].tolist(), int(given.label_N[-1])], strict=True))
