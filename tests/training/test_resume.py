@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.dataset import InputError
 from tests.training.test_launch import recipe, weights
 from training import launch
-from training.engine import worker
+from training.engine import loop, worker
 from training.engine.chronicle import Chronicle
 from training.engine.schedule import Schedule
 from training.objectives.registry import METHODS
@@ -254,3 +254,48 @@ def test_a_run_that_starts_again_and_again_at_one_step_gives_up(tmp_path):
     notes.write(str(tmp_path), notes.LAST_ERROR, "RuntimeError('so it was')")
     with pytest.raises(InputError, match=r"started 8 times at step 40 and came to no checkpoint .*so it was"):
         notes.count_start(str(tmp_path), 40)
+
+
+@pytest.mark.parametrize(
+    ("error", "starts"),
+    [
+        (TypeError("conv2d() got 5 arguments"), 1),  # a fault of the program
+        (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), 2),  # torch's words for nearly everything
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), None),  # the next start may have another GPU
+        (torch.distributed.DistNetworkError("the rendezvous is gone"), None),
+        (OSError("no route to host"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_no_retry_mends_is_not_tried_again_and_again(error, starts, tmp_path, monkeypatch):
+    def fail(job, closing):
+        notes.count_start(job.folder, 10)
+        raise error
+
+    monkeypatch.setattr(loop, "_train", fail)
+    config = {"job": worker.Job(short(tmp_path), None, {}, (), str(tmp_path), None)}
+    for start in range(1, 4):
+        with pytest.raises(type(error)):
+            loop.train(config)
+        if start == starts:
+            assert loop.train(config) == {"error": repr(error)}
+            break
+        assert not notes.read(str(tmp_path), notes.FAILURE)
+    assert (start == starts) == (starts is not None)
+
+
+def test_an_error_ends_a_run_again_only_at_the_same_step_and_in_the_next_start(tmp_path):
+    folder = str(tmp_path)
+    notes.count_start(folder, 10)
+    assert not notes.ends_again(folder, "one")
+    assert not notes.ends_again(folder, "one")  # by another worker of the same start
+    notes.count_start(folder, 20)  # a checkpoint further
+    assert not notes.ends_again(folder, "one")
+    notes.count_start(folder, 20)
+    assert not notes.ends_again(folder, "two")
+    notes.count_start(folder, 20)
+    notes.count_start(folder, 20)  # killed without an error
+    assert not notes.ends_again(folder, "two")
+    notes.count_start(folder, 20)
+    assert notes.ends_again(folder, "two")
