@@ -52,7 +52,7 @@ def prepare(network: str, size: int, batch: int, device: torch.device) -> Settin
     images = (F.interpolate(coarse, (size, size), mode="bicubic") + 0.05 * grain).tanh()
     weak_BCHW, probe_MCHW = images.to(device, memory_format=torch.channels_last).chunk(2)  # as training stores them
     label_B, probe_label_M = torch.randint(CLASSES, (2 * batch,), generator=generator).to(device).chunk(2)
-    model = build(network, 3, CLASSES, seed=0).to(device).train()
+    model = build(network, 3, CLASSES, seed=0, size=size).to(device).train()
     parameters = dict(model.named_parameters())
     buffers = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for _ in range(TRAINING_STEPS):  # without torch.optim, whose import takes longer than a small run

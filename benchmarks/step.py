@@ -1,4 +1,4 @@
-"""What a whole training step of the method costs beside a vanilla step, exactly and by each saving. Needs torch alone.
+r"""What a whole training step of the method costs beside a vanilla step, exactly and by each saving. Needs torch alone.
 
     python -m benchmarks.step --out benchmarks/results/step.json
 
@@ -14,6 +14,11 @@ capture. Those by torch.compile (`--compile`) want a C++ compiler on a CPU, and 
 where they are named, beside what they compare with:
 
     python -m benchmarks.step --out benchmarks/results/step_compiled.json --variants exact vanilla_compiled compiled
+
+With AdamW, and networks of timm:
+
+    python -m benchmarks.step --out benchmarks/results/step_adamw.json --optimiser adamw --size 96 --batch 16 \
+        --networks vit_tiny_patch16_224 convnext_atto --variants exact second_order last_layer
 """
 
 from __future__ import annotations
@@ -31,8 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.meta_gradient import CLASSES, Row, elapsed, peak_memory, prepare
+from training.engine.adamw import AdamW
 from training.engine.graph import WARM_UPS, StepGraph
 from training.engine.optimiser import Sgd
 from training.engine.passes.network import Passes
@@ -68,7 +75,7 @@ FORMATS = {"ms": ".1f", "ratio_to_vanilla": ".2f", "memory_ratio": ".2f"}
 
 
 def stepping(
-    network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str]
+    network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str], optimiser: str
 ) -> dict[str, Callable[[], object]]:
     """A step of each variant, each on a network of its own with the same weights and batch."""
     torch.compiler.reset()  # of networks before; beyond some graphs of one function it would give up without a word
@@ -81,11 +88,16 @@ def stepping(
         variant, how = HOW[name]
         objective = VARIANTS[variant]
         by = StepGraph() if name.endswith("graph") else differentiate
-        calls[name] = partial(_step, _state(deepcopy(model), dtype, how, objective, batch), objective, held, by)
+        state = _state(deepcopy(model), dtype, how, objective, batch, optimiser)
+        calls[name] = partial(_step, state, objective, held, by)
+        if variant == "second_order":  # other attention cannot be differentiated twice
+            calls[name] = sdpa_kernel(SDPBackend.MATH)(calls[name])
     return calls
 
 
-def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: Objective, batch: int) -> TrainState:
+def _state(
+    model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: Objective, batch: int, optimiser: str
+) -> TrainState:
     on_gpu = next(model.parameters()).is_cuda
     if dtype == "bf16" or how:
         precision = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -93,8 +105,9 @@ def _state(model: torch.nn.Module, dtype: str, how: dict[str, Any], objective: O
     elif on_gpu:
         model.to(memory_format=torch.channels_last)
     memory = objective.memory(model, batch, CLASSES).to(next(model.parameters()).device)
-    optimiser = Sgd(model, memory, momentum=0.9, weight_decay=5e-4)
-    return TrainState(model, optimiser, average=objective.average_parameters, memory=memory)
+    make = {"sgd": Sgd, "adamw": AdamW}[optimiser]
+    updates = make(model, memory, momentum=0.9, weight_decay=5e-4)
+    return TrainState(model, updates, average=objective.average_parameters, memory=memory)
 
 
 def _step(state: TrainState, objective: Objective, batch: Batch, by: Differentiate) -> None:
@@ -103,7 +116,14 @@ def _step(state: TrainState, objective: Objective, batch: Batch, by: Differentia
 
 
 def measure(
-    network: str, size: int, batch: int, dtype: str, device: torch.device, names: Sequence[str], rounds: int
+    network: str,
+    size: int,
+    batch: int,
+    dtype: str,
+    device: torch.device,
+    names: Sequence[str],
+    rounds: int,
+    optimiser: str = "sgd",
 ) -> Iterator[Row]:
     """One row a variant, printed too."""
     errors: dict[str, str] = {}
@@ -117,7 +137,7 @@ def measure(
         torch.cuda.empty_cache()
         return None
 
-    calls = attempt("network", lambda: stepping(network, size, batch, dtype, device, names)) or {}
+    calls = attempt("network", lambda: stepping(network, size, batch, dtype, device, names, optimiser)) or {}
     for _ in range(WARM_UPS):
         for name, call in calls.items():
             attempt(name, call)
@@ -125,6 +145,7 @@ def measure(
     taken = [{n: attempt(n, partial(elapsed, c, device)) for n, c in calls.items()} for _ in range(rounds)]
     for name in names:
         row: Row = {"network": network, "device": device.type, "dtype": dtype, "batch": batch, "variant": name}
+        row |= {"optimiser": optimiser, "size": size}
         row |= dict.fromkeys(FORMATS)
         if calls and not {"vanilla", name} & set(errors):
             row["ms"] = 1e3 * statistics.median(times[name] for times in taken)
@@ -149,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     parser.add_argument("--rounds", type=int, default=9, help="in which each variant runs once (%(default)s)")
     parser.add_argument("--size", type=int, help="pixels a side; 32, of a timm network 224")
+    parser.add_argument("--optimiser", choices=("sgd", "adamw"), default="sgd", help="what updates (%(default)s)")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     if gpu := device.type == "cuda":
@@ -165,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in chosen.networks or networks:
         size = chosen.size or (32 if network.startswith(("wrn", "resnet29")) else 224)
         for dtype in chosen.dtypes or (["float32", "bf16"] if gpu else ["float32"]):
-            told["rows"] += measure(network, size, chosen.batch or batch, dtype, device, names, chosen.rounds)
+            what = (network, size, chosen.batch or batch, dtype, device, names, chosen.rounds, chosen.optimiser)
+            told["rows"] += measure(*what)
             chosen.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
