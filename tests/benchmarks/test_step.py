@@ -28,7 +28,7 @@ def test_every_variant_has_its_time_and_memory(tmp_path, capsys):
     rows = {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert list(rows) == ON_CPU
     for row in rows.values():
-        assert set(row) == {"network", "device", "dtype", "batch", "variant", *step.FORMATS}
+        assert set(row) == {"network", "device", "dtype", "batch", "variant", "optimiser", "size", *step.FORMATS}
         assert row["ms"] > 0
     assert rows["vanilla"]["ratio_to_vanilla"] == rows["vanilla"]["memory_ratio"] == 1
     assert rows["second_order"]["memory_ratio"] > rows["exact"]["memory_ratio"] > 1
@@ -37,9 +37,10 @@ def test_every_variant_has_its_time_and_memory(tmp_path, capsys):
 
 def test_what_is_compiled_is_measured_where_it_is_named(tmp_path):
     named = ["vanilla_compiled", "compiled", "exact"]
-    step.main(["--out", str(tmp_path / "out.json"), *TINY, "--variants", *named])
+    step.main(["--out", str(tmp_path / "out.json"), *TINY, "--variants", *named, "--optimiser", "adamw"])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {row["variant"] for row in rows} == {"vanilla", *named}
+    assert {row["optimiser"] for row in rows} == {"adamw"}
     assert all(row["ms"] > 0 for row in rows)
 
 
