@@ -28,7 +28,7 @@ from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
 from training.engine import pretrained
 from training.engine.loop import train
-from training.engine.setup import new_network
+from training.engine.setup import new_network, new_optimiser
 from training.engine.worker import Job
 from training.recipe import Recipe, parse
 from training.runs import checkpoint, model_file, notes, recipe_file, tracking
@@ -309,6 +309,7 @@ def _check_network(recipe: Recipe) -> None:
     try:
         with torch.device("meta") as nowhere:
             network = new_network(recipe, classes=10, workers=recipe.most_workers or 1, device=nowhere).eval()
+            new_optimiser(recipe, network, torch.nn.Module(), classes=10)
             image_BCHW = torch.empty(2, channels, height, width)
             if recipe.precision == "float64":
                 network, image_BCHW = network.double(), image_BCHW.double()

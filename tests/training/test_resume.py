@@ -137,6 +137,11 @@ def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path,
             objective=METHODS["supervised"](),
             network="resnet10t",
             weights=str(tmp_path / "weights.pth"),
+            optimiser="adamw",
+            clip=1.0,
+            layer_decay=0.8,
+            freeze="backbone",
+            freeze_steps=3,
         )
         for name in ("whole", "killed")
     ]
