@@ -251,8 +251,8 @@ def require_forward_mode(name: str, network: nn.Module) -> None:
     lacking = sorted({type(module).__name__ for module in network.modules() if isinstance(module, nn.RNNBase)})
     if lacking:
         raise ValueError(
-            f"torch has no forward mode for {' and '.join(lacking)}, of which {name} is made, and a meta step needs it: "
-            "choose another network, or a method without one, such as --method supervised"
+            f"torch has no forward mode for {' and '.join(lacking)}, of which {name} is made, and a meta step needs "
+            "it: choose another network, or a method without one, such as --method supervised"
         )
 
 

@@ -52,8 +52,8 @@ def call(func: Callable, input: Tensor, weight: Tensor, *args: Any, **kwargs: An
 class Recorded(TorchFunctionMode):
     """Record a pass, for forward mode to repeat: its random state and, with `keeps`, what layers gave.
 
-    Those are the outputs of convolutions, linear layers and attention. Autograd holds what batch norm is given anyway; it does not
-    hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
+    Those are the outputs of convolutions, linear layers and attention. Autograd holds what batch norm is given anyway;
+    it does not hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
     """
 
     def __init__(self, *, keeps: bool) -> None:
@@ -201,9 +201,10 @@ def attention(
     moved = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
     plain, tangent = unpack_dual(moved)
     if output is None and not dropout_p:  # else it draws, and has drawn
-        inputs = [None if one is None else unpack_dual(one).primal for one in (query, key, value, attn_mask)]
+        query, key, value = (unpack_dual(one).primal for one in (query, key, value))
+        attn_mask = None if attn_mask is None else unpack_dual(attn_mask).primal
         with sdpa_kernel(kernels):
-            output = F.scaled_dot_product_attention(*inputs, **kwargs)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
     output = plain if output is None else output
     return output if tangent is None else make_dual(output, tangent.to(output.dtype))
 
