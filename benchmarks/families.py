@@ -143,7 +143,7 @@ def _built(network: str, size: int, drops: bool, fewer: dict[str, Any]) -> nn.Mo
         if isinstance(module, nn.Dropout) and not module.inplace:  # behind a softmax that cannot be trained at all
             module.p = drops * DROPOUT
         if isinstance(getattr(module, "drop_rate", None), float):  # what timm gives F.dropout
-            module.drop_rate = drops * DROPOUT
+            vars(module)["drop_rate"] = drops * DROPOUT
     return model
 
 
@@ -155,7 +155,7 @@ def _posed(model: nn.Module, side: int) -> Case:
 
     with torch.no_grad():
         for value in model.parameters():  # layers that begin at zero hide what lies behind them
-            value += 0.02 * drawn(*value.shape)
+            value.add_(drawn(*value.shape), alpha=0.02)
     velocity = {name: 0.01 * drawn(*value.shape) for name, value in model.named_parameters()}
     weak_BCHW, probe_MCHW = drawn(2 * IMAGES, 3, side, side).tanh().chunk(2)
     label_B, probe_label_M = torch.randint(CLASSES, (2 * IMAGES,), generator=rng).chunk(2)
