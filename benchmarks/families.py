@@ -160,7 +160,10 @@ def _posed(model: nn.Module, side: int) -> Case:
     weak_BCHW, probe_MCHW = drawn(2 * IMAGES, 3, side, side).tanh().chunk(2)
     label_B, probe_label_M = torch.randint(CLASSES, (2 * IMAGES,), generator=rng).chunk(2)
     batch = Batch(weak_BCHW, weak_BCHW, label_B, torch.arange(IMAGES), probe_MCHW, probe_label_M, (0,), CLASSES)
-    loss = F.cross_entropy(model(weak_BCHW), label_B)
+    logits_BK = model(weak_BCHW)
+    if logits_BK.shape != (IMAGES, CLASSES):
+        raise ValueError(f"no classifier: of {IMAGES} images it makes {'×'.join(map(str, logits_BK.shape))} numbers")
+    loss = F.cross_entropy(logits_BK, label_B)
     gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     norm = float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt())
     descent = SgdDescent(5e-4, kernels(model), velocity=velocity)
@@ -319,13 +322,13 @@ def verdict(row: Row) -> str:
     """Say in a few words what is to know of a row."""
     if "refused" in row:
         return "refused: " + row["refused"].split(",")[0].replace("torch has ", "")
-    told = [row["error"]] if "error" in row else []
+    told = [row["error"]] if "error" in row else [] if "seconds" in row else ["not measured"]
     if row.get("float32_inside"):
         told.append("computes in float32 inside")
     lacking = row.get("errors", {}).get("second_order off", "")
     if lacking:
         told.append("no double backward: " + lacking.removeprefix("derivative for aten::").split(" ")[0])
-    told += [f"{name}: {why}" for name, why in row.get("errors", {}).items() if not name.startswith("second_order")]
+    told += [why if name == "build" else f"{name}: {why}" for name, why in row.get("errors", {}).items() if not name.startswith("second_order")]
     return "; ".join(told)
 
 
