@@ -53,7 +53,7 @@ RESULTS = "benchmarks/results/families.json"
 CLASSES, IMAGES, LAMBDA0 = 4, 3, 0.7
 LARGEST_STEP = 0.1  # of the lookahead, for all parameters: far steps from random weights end where float32 says nothing
 DROP_PATH, DROPOUT = 0.3, 0.2
-EXACT = 1e-12
+EXACT = 1e-13  # beyond it reverse mode decides
 SIZES = (32, 64, 96, 128, 0)  # pixels a side; 0 is the network's own
 BATCH_NORM_SIZE = 64  # from here on: statistics of three numbers a channel, at 32 px, are ill-conditioned
 LARGE = 5_000_000  # parameters: of larger networks, one with fewer of the same blocks
@@ -328,7 +328,11 @@ def verdict(row: Row) -> str:
     lacking = row.get("errors", {}).get("second_order off", "")
     if lacking:
         told.append("no double backward: " + lacking.removeprefix("derivative for aten::").split(" ")[0])
-    told += [why if name == "build" else f"{name}: {why}" for name, why in row.get("errors", {}).items() if not name.startswith("second_order")]
+    told += [
+        why if name == "build" else f"{name}: {why}"
+        for name, why in row.get("errors", {}).items()
+        if not name.startswith("second_order")
+    ]
     return "; ".join(told)
 
 

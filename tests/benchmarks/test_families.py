@@ -97,6 +97,6 @@ def test_the_table_is_what_was_measured_of_every_family():
 def test_what_was_measured_is_exact_or_says_why_not():
     for row in TOLD["rows"]:
         errors = [families.exactness(row, which) for which in ("off", "on")]
-        exact = all(error is not None and error <= 1e-12 for error in errors)
+        exact = all(error is not None and error <= families.EXACT for error in errors)
         assert exact or families.verdict(row), row["family"]
         assert (row.get("on") or {}).get("alone", 0) <= 1e-12 or families.verdict(row), row["family"]
