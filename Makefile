@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint docs install constraints clean
+.PHONY: demo test test-fast bytecode lint docs install constraints clean
 
 demo: install            ## train on digits with 80 % label noise: cross-entropy, then the full method
 	rm -rf runs/digits runs/digits-supervised
@@ -14,11 +14,14 @@ demo: install            ## train on digits with 80 % label noise: cross-entropy
 PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest \
 	--numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-test: install            ## all tests; no GPU, no network, no data needed
+test: bytecode           ## all tests; no GPU, no network, no data needed
 	$(PYTEST)
 
-test-fast: install       ## those that start no other process: within two minutes on two cores
+test-fast: bytecode      ## those that start no other process: within two minutes on two cores
 	$(PYTEST) -m fast
+
+bytecode: install        # else, where PYTHONDONTWRITEBYTECODE is set, each of some hundred processes compiles all anew
+	$(BIN)/python -m compileall -q pipeline training tuning benchmarks
 
 lint: install            ## style, types, import borders, declared packages, length and branches of functions
 	$(BIN)/ruff format --check .

@@ -26,7 +26,7 @@ from pipeline.dataset import Dataset, InputError
 from pipeline.plan import Plan, chunk_of
 from pipeline.stream import preserved_order, stream
 from pipeline.tree import absolute
-from training.engine import pretrained
+from training.engine import networks, pretrained
 from training.engine.loop import train
 from training.engine.setup import new_network, new_optimiser
 from training.engine.worker import Job
@@ -310,11 +310,17 @@ def _check_network(recipe: Recipe) -> None:
         with torch.device("meta") as nowhere:
             network = new_network(recipe, classes=10, workers=recipe.most_workers or 1, device=nowhere).eval()
             new_optimiser(recipe, network, torch.nn.Module(), classes=10)
+            if recipe.objective.forward_mode:
+                networks.require_forward_mode(recipe.network, network)
             image_BCHW = torch.empty(2, channels, height, width)
             if recipe.precision == "float64":
                 network, image_BCHW = network.double(), image_BCHW.double()
             with torch.no_grad():
-                network(image_BCHW)
+                logits_BK = network(image_BCHW)
+        if logits_BK.shape != (2, 10):
+            raise ValueError(
+                f"{recipe.network} is no classifier, it gives features of {tuple(logits_BK.shape)}: choose another"
+            )
     except ValueError as error:
         raise InputError(str(error)) from error
     except NotImplementedError:

@@ -212,6 +212,10 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
     [
         ({"network": "wrm-28-10"}, "unknown network 'wrm-28-10': did you mean wrn-28-10"),
         ({"network": "wrn-11-1"}, "depth must be 10, 16, 22"),
+        (
+            {"network": "sequencer2d_s"},
+            "no forward mode for LSTM, of which sequencer2d_s is made.* --method supervised",
+        ),
         ({"network": "vgg13", "recompute": True}, "no two blocks in an nn.Sequential .* leave recompute out"),
         ({"layer_decay": 0.75}, "layer_decay wants a network of timm, which knows its layers: leave it at 1"),
         ({"data": "/nowhere"}, "leave --data out"),

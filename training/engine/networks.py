@@ -246,6 +246,16 @@ def _timm_model(name: str, channels: int, classes: int, size: int, drop_path: fl
         raise
 
 
+def require_forward_mode(name: str, network: nn.Module) -> None:
+    """Raise ValueError where torch has no forward mode, and no second derivative, for layers of the network `name`."""
+    lacking = sorted({type(module).__name__ for module in network.modules() if isinstance(module, nn.RNNBase)})
+    if lacking:
+        raise ValueError(
+            f"torch has no forward mode for {' and '.join(lacking)}, of which {name} is made, and a meta step needs "
+            "it: choose another network, or a method without one, such as --method supervised"
+        )
+
+
 def with_own_input(network: nn.Module, channels: int) -> nn.Module:
     """Let a timm network map what it is given, −1…1, to the mean and deviation that its weights were trained with.
 

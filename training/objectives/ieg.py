@@ -98,6 +98,11 @@ class Ieg(Objective):
         """See `Objective`."""
         return self.lookahead_lr is not None
 
+    @property
+    def forward_mode(self) -> bool:
+        """See `Objective`."""
+        return self.meta_scope == "all"
+
     def draws(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return mixup's partners and factors."""
         return pool_draws(batch, fold=self.fold_beta) if self.mixup == "on" else ()

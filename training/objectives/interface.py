@@ -173,6 +173,11 @@ class Objective(ABC):
         """
         return False
 
+    @property
+    def forward_mode(self) -> bool:
+        """Tell whether a step goes through the whole network in forward mode, or by second order; here not."""
+        return False
+
     def draws(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return what a step draws on the host by the batch's keys, for `Batch.drawn`; here nothing."""
         return ()

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.interface import Batch, Moment, Workers
 from training.objectives.losses import cross_entropy
@@ -181,10 +180,8 @@ def _forward_mode(problem: MetaProblem, theta: Mapping[str, Tensor], direction: 
     recorded = problem.recorded
     # Fresh clones of the buffers: forward mode cannot update them in place, and the statistics must not move again.
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    # Flash attention has no forward mode.
     with (
         torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
         dual_level(),
         FusedTangents(recorded.calls if recorded else ()),
         recorded.replayed() if recorded else nullcontext(),

@@ -6,7 +6,7 @@ Shapes: B images, C channels, and any further dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from training.objectives.private_torch import batch_norm_backward, batch_norm_forward, writes
 
 LINEAR = (F.conv2d, F.linear)  # in the input, and in the weight
+KEPT = (*LINEAR, F.scaled_dot_product_attention)  # of attention, autograd holds the output anyway
 
 
 def capturing() -> bool:
@@ -28,11 +31,11 @@ def capturing() -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """Hold what a linear layer or a convolution was called with, and its output where it is known."""
+    """Hold what a linear layer, a convolution or attention was called with, and its output where it is known."""
 
     layer: str
     input: torch.Size
-    weight: torch.Size
+    weight: torch.Size  # of attention, the keys
     dtype: torch.dtype
     output: Tensor | None = None  # where it is known
 
@@ -49,8 +52,8 @@ def call(func: Callable, input: Tensor, weight: Tensor, *args: Any, **kwargs: An
 class Recorded(TorchFunctionMode):
     """Record a pass, for forward mode to repeat: its random state and, with `keeps`, what layers gave.
 
-    Those are the outputs of convolutions and linear layers. Autograd holds what batch norm is given anyway; it does not
-    hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
+    Those are the outputs of convolutions, linear layers and attention. Autograd holds what batch norm is given anyway;
+    it does not hold outputs that are added to others: up to 40 % more memory for the activations of this pass.
     """
 
     def __init__(self, *, keeps: bool) -> None:
@@ -69,7 +72,7 @@ class Recorded(TorchFunctionMode):
     ) -> Any:
         """See `TorchFunctionMode`."""
         out = func(*args, **(kwargs or {}))
-        if self._keeps and func in LINEAR:
+        if self._keeps and func in KEPT:
             self._kept.append((call(func, *args, **(kwargs or {})), out.detach(), writes(out)))
         return out
 
@@ -92,6 +95,8 @@ class Recorded(TorchFunctionMode):
 class FusedTangents(TorchFunctionMode):
     """Move layers by the short rules below, inside it and `torch.autograd.forward_ad.dual_level`.
 
+    Attention elsewhere takes its mathematical kernel meanwhile: fused ones have no forward mode.
+
     `calls` are those that `Recorded` has of the same pass with the same values: their outputs are not computed again,
     which saves a third of forward mode. Raises ValueError where other layers are called, or more or fewer of them.
     """
@@ -99,9 +104,16 @@ class FusedTangents(TorchFunctionMode):
     def __init__(self, calls: Sequence[Call] = ()) -> None:
         super().__init__()
         self._recorded, self._next = bool(calls), iter(calls)
+        self._kernels = attention_kernels()
+        self._mathematical = ExitStack()
+
+    def __enter__(self) -> FusedTangents:
+        self._mathematical.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
+        self._mathematical.close()
         if raised == (None, None, None) and (missed := next(self._next, None)):
             raise _differs("nothing", missed)
 
@@ -114,6 +126,8 @@ class FusedTangents(TorchFunctionMode):
             return batch_norm(*args, **kwargs)
         if func in LINEAR:
             return linear(func, self._known(call(func, *args, **kwargs)), *args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return attention(self._known(call(func, *args, **kwargs)), self._kernels, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _known(self, found: Call) -> Tensor | None:
@@ -156,6 +170,43 @@ def linear(
         by_parameters = func(x, moved_kernel, moved_offset, *args, **kwargs)
         tangent = by_parameters if tangent is None else tangent.add_(by_parameters)
     return output if tangent is None else make_dual(output, tangent)
+
+
+def attention_kernels() -> list[SDPBackend]:
+    """Return the kernels that attention may take here."""
+    allowed = {
+        SDPBackend.MATH: cuda.math_sdp_enabled,
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled,
+    }
+    return [kernel for kernel, enabled in allowed.items() if enabled()]
+
+
+def attention(
+    output: Tensor | None,
+    kernels: list[SDPBackend],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Return `F.scaled_dot_product_attention` of dual tensors, in memory as one of `kernels` gives it without tangents.
+
+    The mathematical kernel, the only one with a forward mode, lays its output out in another order than fused ones, and
+    random layers behind draw in the order of memory: dropout would leave out others than in the pass that is repeated.
+    """
+    moved = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **kwargs)
+    plain, tangent = unpack_dual(moved)
+    if output is None and not dropout_p:  # else it draws, and has drawn
+        query, key, value = (unpack_dual(one).primal for one in (query, key, value))
+        attn_mask = None if attn_mask is None else unpack_dual(attn_mask).primal
+        with sdpa_kernel(kernels):
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+    output = plain if output is None else output
+    return output if tangent is None else make_dual(output, tangent.to(output.dtype))
 
 
 def batch_norm(

@@ -134,6 +134,12 @@ def test_timm_models_take_channels_and_classes():
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
 
 
+def test_layers_without_forward_mode_are_named():
+    networks.require_forward_mode("wrn-10-1", networks.build("wrn-10-1", 3, 7, seed=0))
+    with pytest.raises(ValueError, match="no forward mode for GRU and LSTM, of which mine is made"):
+        networks.require_forward_mode("mine", torch.nn.Sequential(torch.nn.LSTM(2, 2), torch.nn.GRU(2, 2)))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_mode_through_training_mode_matches_finite_differences(name):
     rng = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd.forward_ad import dual_level
 
 from training.engine import networks
 from training.objectives.ieg import Ieg, paper, reference
@@ -186,6 +187,16 @@ def test_who_has_stages_says_so(name, ran):
         assert max(gaps) > 0.05
     elif not EVERY[name].remembers:
         assert not max(gaps)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
+def test_who_goes_through_the_network_in_forward_mode_says_so(name, problem, monkeypatch):
+    moved = []
+    monkeypatch.setattr("training.objectives.meta.dual_level", lambda: moved.append(name) or dual_level())
+    posing = posed(name, problem)
+    moved.clear()
+    call(EVERY[name], posing)
+    assert bool(moved) == EVERY[name].forward_mode
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *BASELINES])

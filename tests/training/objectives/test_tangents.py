@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.objectives.tangents import FusedTangents, Recorded
 
@@ -102,6 +103,38 @@ class Twice(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.silu(self.convolutions[0](x), inplace=True)
         return self.head(torch.tanh(self.convolutions[1](x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_moves_as_pytorch_says_and_lies_in_memory_as_without_tangents(masked, known):
+    values = [draw(2, 5, 3, 4, seed=place).transpose(1, 2) for place in range(3)] + masked * [draw(2, 1, 5, 5, seed=3)]
+    attention = F.scaled_dot_product_attention
+    with torch.no_grad(), Recorded(keeps=True) as recorded:
+        plain = attention(*values)
+    moving = [draw(*value.shape, seed=9 + place) for place, value in enumerate(values)]
+    with torch.no_grad(), dual_level():
+        with sdpa_kernel(SDPBackend.MATH):
+            other, expected = unpack_dual(attention(*map(make_dual, values, moving)))
+        with FusedTangents(recorded.calls if known else ()):
+            found = unpack_dual(attention(*map(make_dual, values, moving)))
+    assert found.primal.stride() == plain.stride() != other.stride()
+    torch.testing.assert_close(found.primal, plain, rtol=0, atol=0)
+    torch.testing.assert_close(found.tangent, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_that_drops_draws_once():
+    values = [draw(2, 3, 5, 4, seed=place) for place in range(3)]
+
+    def drop(*values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return F.scaled_dot_product_attention(*values, dropout_p=0.5)
+
+    with torch.no_grad(), dual_level(), FusedTangents():
+        found = unpack_dual(drop(*(make_dual(value, value) for value in values)))
+        after = torch.rand(())
+    torch.testing.assert_close(found.primal, drop(*values))
+    torch.testing.assert_close(after, torch.rand(()))
 
 
 def test_what_was_changed_in_place_is_computed_again():

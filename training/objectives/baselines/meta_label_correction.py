@@ -63,6 +63,11 @@ class MetaLabelCorrection(Objective):
     def __post_init__(self) -> None:
         require(self, ["rate"], 0)
 
+    @property
+    def forward_mode(self) -> bool:
+        """See `Objective`."""
+        return True
+
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """Return g."""
         with initialised():

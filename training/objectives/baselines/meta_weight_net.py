@@ -52,6 +52,11 @@ class MetaWeightNet(Objective):
     def __post_init__(self) -> None:
         require(self, ["rate"], 0)
 
+    @property
+    def forward_mode(self) -> bool:
+        """See `Objective`."""
+        return True
+
     def memory(self, model: nn.Module, examples: int, classes: int) -> nn.Module:
         """Return V."""
         with initialised():

@@ -24,6 +24,11 @@ class Reweight(Objective):
     engine: Engine = "forward"
     """How the meta gradient is computed: exactly by forward mode, or by second order (slower, and larger)."""
 
+    @property
+    def forward_mode(self) -> bool:
+        """See `Objective`."""
+        return True
+
     def __call__(self, model: nn.Module, batch: Batch, moment: Moment, workers: Workers) -> Outcome:
         """See `Objective`."""
         with Recorded(keeps=self.engine == "forward") as recorded:
