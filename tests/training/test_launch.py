@@ -217,6 +217,7 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
             "no forward mode for LSTM, of which sequencer2d_s is made.* --method supervised",
         ),
         ({"network": "vgg13", "recompute": True}, "no two blocks in an nn.Sequential .* leave recompute out"),
+        ({"network": "mobilenetv5_300m_enc"}, "mobilenetv5_300m_enc is no classifier, it gives features of"),
         ({"layer_decay": 0.75}, "layer_decay wants a network of timm, which knows its layers: leave it at 1"),
         ({"data": "/nowhere"}, "leave --data out"),
         ({"storage": "/proc/nowhere"}, "cannot write to /proc/nowhere/run: choose another folder"),
