@@ -69,8 +69,13 @@ def main(recipe: Callable[[str], Recipe], *variants: Callable[[str], Recipe]) ->
     guarded(work)
 
 
-def guarded(work: Callable[[], Any]) -> None:
-    """Do `work`; what the user can fix ends the program with one line instead of a traceback."""
+def guarded(
+    work: Callable[[], Any], go_on: str = "run the same command again to go on from the last checkpoint"
+) -> None:
+    """Do `work`; what the user can fix ends the program with one line instead of a traceback.
+
+    Stopped by hand it says how to `go_on`.
+    """
     try:
         work()
     except (
@@ -82,7 +87,7 @@ def guarded(work: Callable[[], Any]) -> None:
     ) as error:
         sys.exit(_one_line(error))
     except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to go on from the last checkpoint")
+        sys.exit(f"stopped; {go_on}")
 
 
 def _one_line(error: BaseException) -> str:

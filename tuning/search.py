@@ -36,7 +36,10 @@ def main(recipe: Callable[[str], Recipe], trained_by: Callable[[str], Recipe], s
         config=(tyro.conf.AvoidSubcommands,),
     )
     first = [chosen.recipe, sweep.recipe]
-    launch.guarded(lambda: run(sweep, searched, first, chosen.method, trained_by(chosen.method), Console()))
+    launch.guarded(
+        lambda: run(sweep, searched, first, chosen.method, trained_by(chosen.method), Console()),
+        go_on="run the same command with --resume to go on",
+    )
 
 
 def run(

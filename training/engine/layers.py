@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.engine.optimiser import Optimiser, TorchOptimiser, Wrapped, WrappedDescent
 from training.engine.passes.stand_in import StandIn
@@ -108,9 +109,9 @@ class FrozenDescent(WrappedDescent):
 
 
 class Frozen(Wrapped):
-    """Keep all of a network but its last layer where it is, for some steps; then let the optimiser have all.
+    """Keep all of a network but its last layer as it is, for some steps; then let the optimiser have all.
 
-    Batch norm's running statistics move on.
+    Batch norm is in eval mode as long, and its statistics stay: those of small batches give other features.
     """
 
     def __init__(self, inner: Optimiser, model: nn.Module, classes: int, steps: int) -> None:
@@ -119,6 +120,7 @@ class Frozen(Wrapped):
         network = model._original if isinstance(model, StandIn) else model
         head = last_layer(network, classes)
         self.backbone = {name: value for name, value in model.named_parameters() if name not in head}
+        self.norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
         self.steps, self.done = steps, 0
 
     @property
@@ -127,7 +129,9 @@ class Frozen(Wrapped):
         return not self.steps or self.done < self.steps
 
     def descent(self) -> Descent:
-        """Return the next update as a meta step sees it."""
+        """Return the next update as a meta step sees it; a step asks for it before its passes."""
+        for module in self.norms:
+            module.train(not self.active)
         descent = self.inner.descent()
         return FrozenDescent(descent, frozenset(self.backbone)) if self.active else descent
 

@@ -105,7 +105,9 @@ def fitted(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return a whole state dict of `network`, with `weights` where they belong; and the names that are new.
 
-    These are of the last layer, where it has other classes or a `new_head` is asked for. Position embeddings are
+    These are of the last layer, where it has other classes or a `new_head` is asked for, and begin at zero: then the
+    first gradients leave the features as they are (Kolesnikov et al. 2020, §3.3), where timm's own beginning, ±1/√K in
+    EfficientNet, is loud enough to spoil them. Position embeddings are
     resized and first kernels summed over channels as timm does it. Raises InputError, naming tensors, for any other
     that is missing, unknown, or of another shape.
     """
@@ -123,7 +125,8 @@ def fitted(
                 f"the weights have {name} of {tuple(adapted[name].shape)} where the network has "
                 f"{tuple(own[name].shape)}: give those of this network"
             )
-    return {n: adapted[n].to(own[n].dtype) if n in known else own[n] for n in own}, sorted(head)
+    begun = {name: torch.zeros_like(own[name]) for name in head}
+    return {n: adapted[n].to(own[n].dtype) if n in known else begun.get(n, own[n]) for n in own}, sorted(head)
 
 
 def _require_none(what: str, names: set[str]) -> None:

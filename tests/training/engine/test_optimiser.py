@@ -188,3 +188,15 @@ def test_what_is_frozen_moves_after_its_steps():
         optimiser.update(0.1)
         moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
         assert moved == ({"2.weight", "2.bias"} if step < 2 else set(before))
+
+
+def test_batch_norm_stands_still_while_it_is_frozen():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    optimiser, rng = frozen(Sgd, steps=2)(model, nn.Module(), momentum=0.9, weight_decay=0.0), torch.Generator()
+    for step in range(4):
+        model.train()  # as after an evaluation
+        optimiser.descent()
+        before = model[1].running_mean.clone()
+        model(torch.randn(5, 4, generator=rng, dtype=torch.float64)).sum().backward()
+        optimiser.update(0.1)
+        assert torch.equal(model[1].running_mean, before) == (step < 2)

@@ -79,7 +79,9 @@ def test_all_but_the_last_layer_is_taken(channels, trained):
     network = networks.build(NETWORK, channels, 7, seed=0, own_input=True)
     tensors, new = pretrained.fitted(network, trained, 7)
     assert new == ["fc.bias", "fc.weight"]
+    assert not any(tensors[name].any() for name in new)
     network.load_state_dict(tensors)
+    torch.nn.init.normal_(network.fc.weight)
     other = timm.create_model(NETWORK, num_classes=0).eval()
     other.load_state_dict({name: value for name, value in trained.items() if not name.startswith("fc.")})
     grey_B1HW = torch.rand(2, 1, 32, 32)
