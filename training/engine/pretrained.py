@@ -119,14 +119,18 @@ def fitted(
     known = own.keys() - new - head
     _require_none("lack", known - adapted.keys())
     _require_none("have, unknown to the network,", {name for name in adapted.keys() - own.keys() if not _counts(name)})
-    for name in sorted(known):
-        if adapted[name].shape != own[name].shape:
-            raise InputError(
-                f"the weights have {name} of {tuple(adapted[name].shape)} where the network has "
-                f"{tuple(own[name].shape)}: give those of this network"
-            )
+    _require_shapes({name: (adapted[name].shape, own[name].shape) for name in known})
     begun = {name: torch.zeros_like(own[name]) for name in head}
     return {n: adapted[n].to(own[n].dtype) if n in known else begun.get(n, own[n]) for n in own}, sorted(head)
+
+
+def _require_shapes(shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
+    # By name, those of the weights and of the network.
+    for name, (theirs, ours) in sorted(shapes.items()):
+        if theirs != ours:
+            raise InputError(
+                f"the weights have {name} of {tuple(theirs)} where the network has {tuple(ours)}: give those of this network"
+            )
 
 
 def _require_none(what: str, names: set[str]) -> None:
