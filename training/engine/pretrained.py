@@ -128,9 +128,8 @@ def _require_shapes(shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None
     # By name, those of the weights and of the network.
     for name, (theirs, ours) in sorted(shapes.items()):
         if theirs != ours:
-            raise InputError(
-                f"the weights have {name} of {tuple(theirs)} where the network has {tuple(ours)}: give those of this network"
-            )
+            what = f"the weights have {name} of {tuple(theirs)} where the network has {tuple(ours)}"
+            raise InputError(f"{what}: give those of this network")
 
 
 def _require_none(what: str, names: set[str]) -> None:
