@@ -279,9 +279,9 @@ class Sharded(Source):
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
-            raise ValueError(f"dataset.size is {self.size}: it must be 1 or more")
+            raise InputError(f"dataset.size is {self.size}: it must be 1 or more")
         if self.crop is not None and not 0 < self.crop <= 1:
-            raise ValueError(f"dataset.crop is {self.crop}: it must be above 0 and at most 1")
+            raise InputError(f"dataset.crop is {self.crop}: it must be above 0 and at most 1")
 
     @property
     def views(self) -> PhotoViews:

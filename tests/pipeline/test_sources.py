@@ -28,7 +28,13 @@ NOISES = st.one_of(
     st.builds(Noise, st.just("labels"), source=TEXT),
     st.builds(Noise, st.just("open_set"), RATES, TEXT),
 )
-OF_TYPE = {int: st.integers(8, 32), Noise: NOISES, Source: st.deferred(lambda: st.one_of(*map(built, KINDS.values())))}
+OF_TYPE = {
+    int: st.integers(8, 32),
+    int | None: st.none() | st.integers(8, 32),
+    float | None: st.none() | st.floats(0.1, 1),
+    Noise: NOISES,
+    Source: st.deferred(lambda: st.one_of(*map(built, KINDS.values()))),
+}
 
 
 @st.composite

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.engine.optimiser import Optimiser, TorchOptimiser, Wrapped, WrappedDescent
 from training.engine.passes.stand_in import StandIn
 from training.engine.pretrained import last_layer
 from training.objectives.interface import Descent
+from training.objectives.private_torch import BatchNorm
 
 
 def scales(model: nn.Module, decay: float) -> dict[str, float]:
@@ -120,7 +120,7 @@ class Frozen(Wrapped):
         network = model._original if isinstance(model, StandIn) else model
         head = last_layer(network, classes)
         self.backbone = {name: value for name, value in model.named_parameters() if name not in head}
-        self.norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        self.norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
         self.steps, self.done = steps, 0
 
     @property
