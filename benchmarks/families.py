@@ -40,10 +40,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.meta_gradient import cast
 from training.engine.networks import build, require_forward_mode
 from training.engine.optimiser import SgdDescent, kernels
 from training.engine.passes.network import Passes
-from training.objectives.interface import Alone, Batch, Moment
+from training.objectives.interface import Alone, Batch, Descent, Moment
 from training.objectives.losses import cross_entropy
 from training.objectives.meta import Engine, MetaProblem, meta_gradient
 from training.objectives.private_torch import BatchNorm
@@ -95,7 +96,7 @@ class Case:
 
     model: nn.Module
     batch: Batch
-    descent: SgdDescent
+    descent: Descent
     size: int
     alpha: float = 0.03
     seed: int = 5
@@ -103,9 +104,8 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """Return a copy whose parameters and images have another precision."""
-        images = {name: getattr(self.batch, name).to(dtype) for name in ("weak_BCHW", "strong_BCHW", "probe_MCHW")}
-        batch, model = replace(self.batch, **images), deepcopy(self.model).to(dtype)
-        return replace(self, model=model, batch=batch, descent=self.descent.to(dtype))
+        model, batch, moment = cast((self.model, self.batch, Moment(self.alpha, self.descent)), dtype)
+        return replace(self, model=model, batch=batch, descent=moment.descent)
 
     def in_bf16(self) -> Case:
         """Return a copy that computes in bf16, as `--precision bf16` does."""

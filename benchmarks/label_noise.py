@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -95,17 +96,17 @@ def main() -> None:
     console.print(table(rows))
 
 
-def write(path: str, rows: list[Row]) -> None:
-    """Write the rows so far, with the machine they ran on."""
+def write(path: str, rows: list[Row], **about: Any) -> None:
+    """Write the rows so far, with the machine they ran on, and what else is to be known `about` them."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    machine = f"CPU, {os.cpu_count()} cores"
-    Path(path).write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    told = {"machine": f"CPU, {os.cpu_count()} cores", **about, "rows": [asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(told, indent=1) + "\n")
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Row], title: str = "CIFAR-10 test accuracy (%)") -> Table:
     """Return mean ± standard deviation over seeds, a row a noise and a column a method."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    shown = Table("noise", "labels wrong", *methods, title="CIFAR-10 test accuracy (%)")
+    shown = Table("noise", "labels wrong", *methods, title=title)
     for noise in dict.fromkeys(row.noise for row in rows):
         here = [row for row in rows if row.noise == noise]
         cells = []

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
+from benchmarks.label_noise import Row, table, write
 from pipeline.custom import Custom
 from pipeline.index import Sharded
 from pipeline.noise import asymmetric, uniform
@@ -84,19 +83,6 @@ class Settings:
     """Side of the images, px."""
     processes: int = 2
     """Runs at the same time."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Hold one run."""
-
-    noise: str
-    noise_rate: float  # share of training labels really wrong
-    column: str
-    seed: int
-    steps: int
-    top1: float  # on all test images, at the end of the cycle
-    seconds: float
 
 
 def write_weights(path: str) -> None:
@@ -182,7 +168,7 @@ def one(what: tuple[Settings, str, str, int]) -> Row:
 
 def missing(settings: Settings, rows: list[Row]) -> Iterator[tuple[str, str, int]]:
     """Yield the runs that are not among `rows`."""
-    done = {(row.noise, row.column, row.seed) for row in rows}
+    done = {(row.noise, row.method, row.seed) for row in rows}
     for seed in settings.seeds:
         for noise in settings.noises:
             for column in settings.columns:
@@ -200,33 +186,15 @@ def main() -> None:
         for row in pool.imap_unordered(one, todo):
             rows.append(row)
             console.print(rows[-1])
-            write(out, settings, rows)
-    console.print(table(rows))
+            write(settings.out, in_order(rows), network=NETWORK, size=settings.size)
+        pool.close()
+        pool.join()  # else it ends their Rays half-way
+    console.print(table(in_order(rows), "Test accuracy (%)"))
 
 
-def write(out: Path, settings: Settings, rows: list[Row]) -> None:
-    """Write the rows so far, in order, with the machine they ran on."""
-    rows = sorted(rows, key=lambda row: (NOISES.index(row.noise), list(COLUMNS).index(row.column), row.seed))
-    held = {
-        "machine": f"CPU, {os.cpu_count()} cores",
-        "network": NETWORK,
-        "size": settings.size,
-        "rows": [asdict(row) for row in rows],
-    }
-    out.write_text(json.dumps(held, indent=1) + "\n")
-
-
-def table(rows: list[Row]) -> Table:
-    """Return mean ± standard deviation over seeds, a row a noise and a column each of COLUMNS."""
-    shown = Table("noise", "labels wrong", *COLUMNS, title="Test accuracy (%)")
-    for noise in dict.fromkeys(row.noise for row in rows):
-        here = [row for row in rows if row.noise == noise]
-        cells = []
-        for column in COLUMNS:
-            top1 = [100 * row.top1 for row in here if row.column == column]
-            cells.append(f"{np.mean(top1):.1f} ± {np.std(top1):.1f}" if top1 else "")
-        shown.add_row(noise, f"{100 * np.mean([row.noise_rate for row in here]):.1f} %", *cells)
-    return shown
+def in_order(rows: list[Row]) -> list[Row]:
+    """Return the rows as the tables above name noises and columns."""
+    return sorted(rows, key=lambda row: (NOISES.index(row.noise), list(COLUMNS).index(row.method), row.seed))
 
 
 if __name__ == "__main__":

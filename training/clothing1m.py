@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipeline.index import Sharded
 from training.engine.schedule import Schedule
 from training.launch import main
 from training.objectives.registry import METHODS
-from training.recipe import HUB, Recipe, looking_ahead, tuned
+from training.recipe import Recipe, from_imagenet, tuned
 
 
 def recipe(method: str) -> Recipe:
@@ -36,12 +34,8 @@ def pretrained(method: str) -> Recipe:
 
     python training/clothing1m.py --variant pretrained --data gs://b/clothing1m --workers 8 --actors 64
     """
-    start = recipe(method)
-    return replace(
-        start,
-        objective=looking_ahead(start.objective, 0.008),
-        network="resnet50.tv_in1k",  # torchvision's first weights, of 2016: what others started from
-        weights=HUB,
+    return from_imagenet(
+        recipe(method),
         # DivideMix (Li et al. 2020) and ELR (Liu et al. 2020) tune at 0.002 a batch of 32 or 64 with a decay of 10⁻³;
         # the rate grows with the batch (Goyal et al. 2017), and rises to it as there.
         schedule=Schedule(lr=0.008, first_cycle=7_800, cycles=3, warm_up=500),  # 4.75 epochs; ours to choose

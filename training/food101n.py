@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipeline.index import Sharded
 from training.engine.schedule import Schedule
 from training.launch import main
 from training.objectives.registry import METHODS
-from training.recipe import HUB, Recipe, looking_ahead, tuned
+from training.recipe import Recipe, from_imagenet, tuned
 
 
 def recipe(method: str) -> Recipe:
@@ -36,12 +34,8 @@ def pretrained(method: str) -> Recipe:
 
     python training/food101n.py --variant pretrained --data gs://b/food101n --workers 4 --actors 32
     """
-    start = recipe(method)
-    return replace(
-        start,
-        objective=looking_ahead(start.objective, 0.008),
-        network="resnet50.tv_in1k",  # torchvision's first weights, of 2016: what others started from
-        weights=HUB,
+    return from_imagenet(
+        recipe(method),
         # Public code that tunes on Food-101N has 0.002 at a batch of 32 and a decay of 5·10⁻⁴ over 30 epochs; the rate
         # grows with the batch (Goyal et al. 2017), and rises to it as there.
         schedule=Schedule(lr=0.008, first_cycle=2_000, cycles=6, warm_up=500),  # 17 epochs; ours to choose

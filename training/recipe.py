@@ -224,6 +224,21 @@ def looking_ahead(objective: Objective, lr: float | None) -> Objective:
     return dataclasses.replace(objective, lookahead_lr=lr) if isinstance(objective, Ieg) else objective
 
 
+def from_imagenet(recipe: Recipe, schedule: Schedule, weight_decay: float) -> Recipe:
+    """Return `recipe` from torchvision's first ResNet-50 of ImageNet, of 2016, from which most others started too.
+
+    Its meta step looks ahead at the schedule's first rate.
+    """
+    return dataclasses.replace(
+        recipe,
+        objective=looking_ahead(recipe.objective, schedule.lr),
+        network="resnet50.tv_in1k",
+        weights=HUB,
+        schedule=schedule,
+        weight_decay=weight_decay,
+    )
+
+
 def parse(
     recipe: Callable[[str], Recipe],
     arguments: Sequence[str] | None = None,

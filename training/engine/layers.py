@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.engine.optimiser import Optimiser, TorchOptimiser, Wrapped, WrappedDescent
-from training.engine.passes.stand_in import StandIn
+from training.engine.passes.stand_in import unwrapped
 from training.engine.pretrained import last_layer
 from training.objectives.interface import Descent
 from training.objectives.private_torch import BatchNorm
@@ -30,7 +30,7 @@ def scales(model: nn.Module, decay: float) -> dict[str, float]:
     """
     from timm.optim import param_groups_layer_decay  # several seconds to import
 
-    network = model._original if isinstance(model, StandIn) else model
+    network = unwrapped(model)
     if not hasattr(network, "group_matcher"):
         raise ValueError("layer_decay wants a network of timm, which knows its layers: leave it at 1")
     groups = param_groups_layer_decay(network, layer_decay=decay)
@@ -117,7 +117,7 @@ class Frozen(Wrapped):
     def __init__(self, inner: Optimiser, model: nn.Module, classes: int, steps: int) -> None:
         """Wrap `inner`, whatever optimiser it is, for `steps` updates; 0: for all."""
         super().__init__(inner)
-        network = model._original if isinstance(model, StandIn) else model
+        network = unwrapped(model)
         head = last_layer(network, classes)
         self.backbone = {name: value for name, value in model.named_parameters() if name not in head}
         self.norms = [module for module in network.modules() if isinstance(module, BatchNorm)]

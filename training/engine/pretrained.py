@@ -55,8 +55,12 @@ def as_trained(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
     What the recipe sets itself stays. Beside it come lines on what is otherwise here.
     """
-    config = timm_config(recipe.network)
-    if not (recipe.weights and config):
+    if not recipe.weights:
+        return recipe, []
+    import timm  # a second or more: only where it is needed
+
+    config = timm.get_pretrained_cfg(recipe.network) if timm.is_model(recipe.network) else None
+    if config is None:
         return recipe, []
     interpolation: Interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"
     dataset = recipe.dataset.seen(min(config.input_size[1:]), config.crop_pct, interpolation)
@@ -64,13 +68,6 @@ def as_trained(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if config.crop_mode != "center":
         notes.append(f"{recipe.network} was tested on {config.crop_mode}ed images; here the centre of each is cut out")
     return replace(recipe, dataset=dataset), notes
-
-
-def timm_config(network: str) -> Any:
-    """Return what timm knows of a network's pretrained weights; None where it knows none."""
-    import timm  # several seconds to import
-
-    return timm.get_pretrained_cfg(network) if timm.is_model(network) else None
 
 
 def _of_hub(network: str) -> tuple[dict[str, Tensor], str]:

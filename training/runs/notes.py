@@ -56,9 +56,7 @@ def count_start(folder: str, step: int) -> bool:
 
 def ends_again(folder: str, error: str) -> bool:
     """Note the error that ends this start, and return whether it has ended the one before at the same step."""
-    start = read(folder, STARTS)
-    before, now = read(folder, ENDED), {"error": error, "start": len(start), "steps": start}
-    write(folder, ENDED, now)
-    if not before or before["error"] != error:
-        return False
-    return before["start"] == now["start"] - 1 and before["steps"] == start[:-1]
+    starts = read(folder, STARTS)
+    before = read(folder, ENDED)
+    write(folder, ENDED, {"error": error, "starts": starts})
+    return before == {"error": error, "starts": starts[:-1]}

@@ -22,3 +22,8 @@ class StandIn(nn.Module):
         self._original.train(mode)
         self.training = mode
         return self
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return what `network` stands in for, or `network` itself."""
+    return network._original if isinstance(network, StandIn) else network
