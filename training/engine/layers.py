@@ -129,11 +129,15 @@ class Frozen(Wrapped):
         return not self.steps or self.done < self.steps
 
     def descent(self) -> Descent:
-        """Return the next update as a meta step sees it; a step asks for it before its passes."""
-        for module in self.norms:
-            module.train(not self.active)
+        """Return the next update as a meta step sees it."""
         descent = self.inner.descent()
         return FrozenDescent(descent, frozenset(self.backbone)) if self.active else descent
+
+    def zero_grad(self) -> None:
+        """Forget all gradients, as every step does before its passes, and set batch norm to the mode of this one."""
+        for module in self.norms:
+            module.train(not self.active)
+        self.inner.zero_grad()
 
     def update(self, lr: float) -> None:
         """Move what is not frozen by its gradients."""

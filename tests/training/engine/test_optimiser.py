@@ -195,7 +195,7 @@ def test_batch_norm_stands_still_while_it_is_frozen():
     optimiser, rng = frozen(Sgd, steps=2)(model, nn.Module(), momentum=0.9, weight_decay=0.0), torch.Generator()
     for step in range(4):
         model.train()  # as after an evaluation
-        optimiser.descent()
+        optimiser.zero_grad()
         before = model[1].running_mean.clone()
         model(torch.randn(5, 4, generator=rng, dtype=torch.float64)).sum().backward()
         optimiser.update(0.1)
