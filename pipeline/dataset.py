@@ -55,7 +55,7 @@ class Examples:
 
     id_N: np.ndarray  # int64, stable: the same example keeps its id in every run
     label_N: np.ndarray  # int64, as given (noisy, for training examples)
-    image_N: np.ndarray | pa.BinaryArray  # N×H×W×C uint8, or N encoded images
+    image_N: np.ndarray | pa.BinaryArray  # N×H×W×C uint8 (features: float16), or N encoded images
     true_label_N: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -181,6 +181,11 @@ class Source(ABC):
     def shape(self) -> tuple[int, int, int]:
         """Return H, W and C of the images that the network sees."""
 
+    @property
+    def direct(self) -> bool:
+        """Tell whether examples are ready as they are stored: then a worker reads its own, and needs no actors."""
+        return False
+
     def seen(self, size: int, crop: float, interpolation: Interpolation) -> Source:
         """Return the source with its images as a network's weights were trained to see them: `size` px a side, a test
         view the middle `crop` of the image.
@@ -212,6 +217,11 @@ class HeldOut(Source):
     def shape(self) -> tuple[int, int, int]:
         """See `Source`."""
         return self.source.shape
+
+    @property
+    def direct(self) -> bool:
+        """See `Source`."""
+        return self.source.direct
 
     def seen(self, size: int, crop: float, interpolation: Interpolation) -> HeldOut:
         """See `Source`."""

@@ -32,6 +32,7 @@ from pipeline.policies import Policy
 from pipeline.views import PHOTO_SIZE, Interpolation, PhotoViews
 
 NAME = "index.json"
+FEATURES = "features"  # in the options of an index of features (pipeline/features.py), which has no images
 ROW_GROUP = 16  # rows: some 400 kB of 256-px JPEGs, the least that storage serves at a good rate
 READERS = 8  # requests to storage at once, per reader
 FOOTERS = (
@@ -113,11 +114,16 @@ def write_shard(
             split = held[0]["split"]
             for row in held:
                 per_class[row["label"]] += 1
+    return described(path, split, sum(per_class), per_class) if sum(per_class) else None
+
+
+def described(path: str, split: str, rows: int, per_class: Sequence[int]) -> Shard:
+    """Return what an index says of the local Parquet file `path`."""
     data = Path(path).read_bytes()
     footer = int.from_bytes(data[-8:-4], "little") + 8
-    checksum = hashlib.sha256(data).hexdigest()
-    shard = Shard(Path(path).name, split, sum(per_class), len(data), footer, checksum, tuple(per_class))
-    return shard if shard.rows else None
+    return Shard(
+        Path(path).name, split, rows, len(data), footer, hashlib.sha256(data).hexdigest(), tuple(map(int, per_class))
+    )
 
 
 def read_index(url: str) -> Index:
@@ -133,6 +139,12 @@ def read_index(url: str) -> Index:
         ) from None
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{url}/{NAME} is damaged ({error}): remove it and run pipeline.shards again") from None
+
+
+def require_images(index: Index, url: str) -> None:
+    """Raise InputError where the index at `url` is one of features."""
+    if FEATURES in index.options:
+        raise InputError(f"{url} holds features, not images: set --network linear or mlp-UNITS, or give shards")
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +317,7 @@ class Sharded(Source):
         if not url:
             raise InputError("no shards given: --data gs://bucket/shards, made by python -m pipeline.shards")
         index = read_index(url)
+        require_images(index, url)
         if index.dataset != self.dataset:
             raise InputError(f"{url} holds shards of {index.dataset}, not {self.dataset}: give another --data")
         for split in ("train", "probe", *self.evaluate):

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
+import ray
 import ray.data
+from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from pipeline import compute, storage
 from pipeline.dataset import InputError
-from pipeline.index import NAME, SHARD_SCHEMA, Index, Shard, read_index, write_shard
+from pipeline.index import NAME, Index, Shard, read_index
 from pipeline.raw import FETCHERS
 
 WORK = "_unfinished"  # folder of records
@@ -31,6 +33,7 @@ LOG_EVERY = 10.0  # seconds between lines where the output is not a terminal
 # Of one shard: `name`, `made_of`, `listed` (images it was to hold), `shard` (as in the index; None where no image could
 # be used), and what else the job wants to know when it goes on.
 Record = dict[str, Any]
+Device = Literal["auto", "cpu", "gpu"]
 T = TypeVar("T")
 
 
@@ -76,6 +79,25 @@ def settings(*, ordered: bool = False) -> None:
     context.execution_options.preserve_order = ordered
     context.execution_options.label_selector = compute.data_nodes()
     context.raise_original_map_exception = True  # so that `unwrapped` finds what a task raised
+
+
+def network_actors(device: Device, most: int) -> tuple[str, dict[str, Any]]:
+    """Join the cluster for an ordered job whose actors hold a network, `most` of them (0: one a GPU, or CPU).
+
+    Returns torch's name of their device, and what `map_batches` is to be told of them. Raises InputError where the
+    cluster lacks the GPU that is asked for.
+    """
+    compute.join(cpus=2)
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    to_come = compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
+    if device == "gpu" and not (gpus or to_come):
+        raise InputError("the cluster has no GPU: leave --device out")
+    on_gpu = device != "cpu" and (gpus > 0 or to_come)
+    settings(ordered=True)
+    if on_gpu:  # not on data nodes, then: Ray Data counts on one kind of node only
+        DataContext.get_current().execution_options.label_selector = None
+    pool = ActorPoolStrategy(min_size=1, max_size=most or max(gpus if on_gpu else cpus, 1))
+    return "cuda" if on_gpu else "cpu", {"compute": pool, "num_gpus": 1 if on_gpu else 0}
 
 
 def unwrapped(results: Iterable[T]) -> Iterator[T]:
@@ -127,17 +149,16 @@ def make(tasks: Iterable[pa.Table], work: Callable[..., pa.Table], arguments: It
         yield json.loads(row["record"])
 
 
-def put(
-    out: str, record: Record, rows: Iterable[Mapping[str, Any]], classes: int, schema: pa.Schema = SHARD_SCHEMA
-) -> pa.Table:
-    """Write the shard that `record` names, then the record, without which it does not count; returns the record.
+def put(out: str, record: Record, write: Callable[[str], Shard | None]) -> pa.Table:
+    """Have `write` make the local file of the shard that `record` names, then write the record; returns the record.
 
-    All rows are taken before the record is written: what they tell while they come may be part of it.
+    Without it the shard does not count. `write` returns None where there are no rows; what it finds out on the way may
+    be part of the record.
     """
     fs, folder = storage.connect(out)
     name = record["name"]
     with tempfile.TemporaryDirectory() as scratch:
-        shard = write_shard(f"{scratch}/{name}", rows, classes, schema)
+        shard = write(f"{scratch}/{name}")
         if shard:
             storage.commit(fs, f"{scratch}/{name}", storage.join(folder, name))
     text = json.dumps({**record, "shard": asdict(shard) if shard else None})

@@ -27,7 +27,7 @@ from rich.console import Console
 from pipeline import command, job, storage
 from pipeline.dataset import InputError
 from pipeline.images import Rejected, check_image
-from pipeline.index import Index
+from pipeline.index import Index, write_shard
 from pipeline.job import JobProgress, Record
 from pipeline.layout import Layout, Listing
 from pipeline.raw import fetch
@@ -80,7 +80,7 @@ def ingest(layout: Layout, url: str, options: Options, console: Console | None =
     _make(tasks, done, made_of, listing, options, console)
     _require_usable(tasks, done, listing)
     rejected = [each for name in tasks for each in done[name]["rejected"]]
-    _write_rejected(rejected, options.out)
+    write_rejected(rejected, options.out)
     index = Index(
         dataset=layout.name,
         made_of=made_of,
@@ -206,7 +206,7 @@ def make_shard(task: pa.Table, out: str, short_side: int, made_of: str, classes:
                 yield {**row, "trusted": row["split"] != "train", "image": image}
 
     record = {"name": task["name"][0].as_py(), "made_of": made_of, "listed": len(task), "rejected": rejected}
-    return job.put(out, record, usable(), classes)
+    return job.put(out, record, lambda path: write_shard(path, usable(), classes))
 
 
 def _checked(task: pa.Table, short_side: int) -> Iterator[bytes | Rejected]:
@@ -221,7 +221,8 @@ def _checked(task: pa.Table, short_side: int) -> Iterator[bytes | Rejected]:
             yield reason
 
 
-def _write_rejected(rejected: list[dict[str, Any]], out: str) -> None:
+def write_rejected(rejected: list[dict[str, Any]], out: str) -> None:
+    """Write the list of images that could not be used, by REJECTED_SCHEMA, into `out`."""
     fs, path = storage.connect(out)
     with tempfile.TemporaryDirectory() as scratch:
         pq.write_table(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), f"{scratch}/rejected.parquet")

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from pipeline import cifar, digits, index  # noqa: F401
+from pipeline import cifar, digits, features, index  # noqa: F401
 from pipeline.dataset import InputError, Source
 
 

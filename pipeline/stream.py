@@ -5,7 +5,9 @@ Shapes: S groups of a block, G noisy and P trusted examples of a group, V = 2G +
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -21,6 +23,7 @@ from pipeline.images import Rejected
 from pipeline.plan import Group, Plan, Purpose, generator, probe_rows
 from pipeline.views import Views
 
+AHEAD = 2  # blocks that a worker which makes its own has ready
 GREY = 128  # in place of an image that cannot be decoded
 REJECTED = Counter("winnow_rejected_images", "Images that could not be decoded and were trained on as plain grey")
 
@@ -108,3 +111,21 @@ def groups(shard: Any, plan: Plan) -> Iterator[Group]:
     """Return a worker's groups, in order, from its shard of the stream."""
     size = 2 * plan.group + plan.probe
     return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2))
+
+
+def groups_here(examples: Split, probe: Examples, views: Views, plan: Plan, rank: int, workers: int) -> Iterator[Group]:
+    """Yield the groups that worker `rank` of all `workers` has of the stream, made by a thread of this process."""
+    size = 2 * plan.group + plan.probe
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future[dict[str, np.ndarray]]] = deque()
+        for number in range(rank, plan.blocks, workers):
+            ahead.append(pool.submit(make_block, examples, probe, views, plan, number))
+            if len(ahead) > AHEAD:
+                yield from _cut(ahead.popleft().result(), size)
+        while ahead:
+            yield from _cut(ahead.popleft().result(), size)
+
+
+def _cut(block: dict[str, np.ndarray], size: int) -> Iterator[Group]:
+    for start in range(0, len(block["id"]), size):
+        yield {name: column[start : start + size] for name, column in block.items()}

@@ -1,4 +1,4 @@
-"""Images to predict on, labelled or not: in shards, in folders and archives, or named by a table.
+"""Images to predict on or to embed, labelled or not: in shards, in folders and archives, or named by a table.
 
 Shapes: N images, H×W pixels, C channels.
 """
@@ -6,9 +6,10 @@ Shapes: N images, H×W pixels, C channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,15 +20,26 @@ from pipeline.columns import Columns
 from pipeline.custom import Custom, images_at
 from pipeline.dataset import InputError, Source
 from pipeline.images import Rejected, decode, read_image
-from pipeline.index import NAME, Shards, read_index
+from pipeline.index import NAME, SHARD_SCHEMA, Index, Shard, Shards, read_index, require_images
 from pipeline.layout import PLACE, identified
 from pipeline.raw import fetch
 from pipeline.views import fitted
 
 NO_COLUMNS = Columns()
 
-# Some of `Images.rows` → id, key and pixels (HWC RGB uint8) of each, or why there are none.
-Reader = Callable[[pa.Table], Iterator[tuple[int, str, np.ndarray | Rejected]]]
+
+class Seen(NamedTuple):
+    """Hold an image, or why there is none, and what is known of it."""
+
+    id: int
+    key: str
+    image: np.ndarray | Rejected  # HWC RGB uint8
+    label: int = -1  # −1: none is known
+    split: str = "all"
+    trusted: bool = False
+
+
+Reader = Callable[[pa.Table], Iterator[Seen]]  # of some of `Images.rows`
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Images:
     rows: pa.Table  # one an image: what `read` must know of it
     read: Reader
     digest: str  # of which images they are
-    class_names: tuple[str, ...] = ()  # of shards
+    index: Index | None = None  # of shards
+    shards: tuple[Shard, ...] = ()  # whose rows they are, in order
 
 
 def open_images(url: str, split: str, short_side: int, columns: Columns = NO_COLUMNS) -> Images:
@@ -51,13 +64,14 @@ def open_images(url: str, split: str, short_side: int, columns: Columns = NO_COL
     fs, path = storage.connect(url)
     if storage.attempt(fs, path, lambda: fs.isdir(path)) and storage.exists(fs, storage.join(path, NAME)):
         index = read_index(url)
+        require_images(index, url)
         if split and split not in index.splits:
             raise InputError(f"{url} has no {split} set, only {', '.join(index.splits)}: change --split")
         chosen = index.of(url, split) if split else Shards(url, index.shards, index.row_group)
         # Every task is given all shards: without their counts of a thousand classes.
         shards = replace(chosen, shards=tuple(replace(shard, per_class=()) for shard in chosen.shards))
         table = pa.table({"row": np.arange(len(shards))})
-        return Images(table, partial(_read_shards, shards=shards), shards.digest, index.class_names)
+        return Images(table, partial(_read_shards, shards=shards), shards.digest, index, shards.shards)
     if split:
         raise InputError(f"{url} holds no shards, so it has no {split} set: leave --split out")
     found = images_at(url, columns)
@@ -81,27 +95,31 @@ def views_of(some: pa.Table, read: Reader, source: Source) -> dict[str, np.ndarr
     cv2.setNumThreads(1)  # a task has one core
     found = list(read(some))
     image_NHWC = np.zeros((len(found), *source.shape), np.uint8)
-    for view_HWC, (_, _, image) in zip(image_NHWC, found, strict=True):
-        if not isinstance(image, Rejected):
-            view_HWC[:] = fitted(source.views.test(image), source.shape)
+    for view_HWC, each in zip(image_NHWC, found, strict=True):
+        if not isinstance(each.image, Rejected):
+            view_HWC[:] = fitted(source.views.test(each.image), source.shape)
+    return {**named(found), "place": some["place"].to_numpy(), "image": image_NHWC}
+
+
+def named(found: Sequence[Seen]) -> dict[str, np.ndarray]:
+    """Return the columns id, key and rejected of what was found."""
     return {
-        "id": np.array([id_ for id_, _, _ in found], np.int64),
-        "key": np.array([key for _, key, _ in found], object),
-        "place": some["place"].to_numpy(),
-        "rejected": np.array([str(image) if isinstance(image, Rejected) else "" for *_, image in found], object),
-        "image": image_NHWC,
+        "id": np.array([each.id for each in found], np.int64),
+        "key": np.array([each.key for each in found], object),
+        "rejected": np.array([str(e.image) if isinstance(e.image, Rejected) else "" for e in found], object),
     }
 
 
-def _read_files(some: pa.Table, short_side: int) -> Iterator[tuple[int, str, np.ndarray | Rejected]]:
+def _read_files(some: pa.Table, short_side: int) -> Iterator[Seen]:
     for id_, key, raw in zip(some["id"].to_pylist(), some["key"].to_pylist(), fetch(some), strict=True):
-        yield id_, key, _pixels(partial(read_image, short_side=short_side or None), raw)
+        yield Seen(id_, key, _pixels(partial(read_image, short_side=short_side or None), raw))
 
 
-def _read_shards(some: pa.Table, shards: Shards) -> Iterator[tuple[int, str, np.ndarray | Rejected]]:
-    table = shards.table(some["row"].to_numpy(), ("id", "key", "image"))
-    for id_, key, stored in zip(table["id"].to_pylist(), table["key"].to_pylist(), table["image"], strict=True):
-        yield id_, key, _pixels(decode, stored.as_buffer())
+def _read_shards(some: pa.Table, shards: Shards) -> Iterator[Seen]:
+    table = shards.table(some["row"].to_numpy(), SHARD_SCHEMA.names)
+    known = (table[name].to_pylist() for name in ("id", "key", "label", "split", "trusted"))
+    for stored, id_, key, *rest in zip(table["image"], *known, strict=True):
+        yield Seen(id_, key, _pixels(decode, stored.as_buffer()), *rest)
 
 
 def _pixels(read: Callable[[bytes], np.ndarray], encoded: bytes | Rejected) -> np.ndarray | Rejected:

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from pipeline import command, compute, job, predictions, storage
 from pipeline.dataset import HeldOut, InputError
-from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index
+from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index, write_shard
 from pipeline.job import JobProgress, Record
 from pipeline.predictions import Predictions
 from training.recipe import source_of
@@ -210,7 +210,8 @@ def clean_shard(
         "corrected": int((label_N != given_N).sum()),
     }
     schema = WITH_PROBABILITIES if about else SCHEMA
-    return job.put(request.out, record, pa.table(columns).to_pylist(), len(shard.per_class), schema)
+    rows, classes = pa.table(columns).to_pylist(), len(shard.per_class)
+    return job.put(request.out, record, lambda path: write_shard(path, rows, classes, schema))
 
 
 def corrected(

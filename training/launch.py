@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,16 @@ from rich.console import Console
 
 from pipeline import compute, storage
 from pipeline.dataset import Dataset, InputError
-from pipeline.plan import Plan, chunk_of
-from pipeline.stream import preserved_order, stream
+from pipeline.features import of_features
+from pipeline.plan import Group, Plan, chunk_of
+from pipeline.stream import groups_here, preserved_order, stream
 from pipeline.tree import absolute
 from training.engine import networks, pretrained
-from training.engine.loop import train
+from training.engine.loop import RayJob, train
+from training.engine.monitor import NotFiniteError
 from training.engine.setup import new_network, new_optimiser
-from training.engine.worker import Job
+from training.engine.worker import Job, Place, go_on
+from training.objectives.interface import Alone
 from training.recipe import Recipe, parse
 from training.runs import checkpoint, model_file, notes, recipe_file, tracking
 from training.runs.progress import Progress
@@ -115,12 +118,16 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     console, stop = console or Console(), until or recipe.schedule.steps
     # Workers run in other folders.
     data, start_from = (absolute(url) if url else "" for url in (recipe.data, recipe.start_from))
-    recipe, said = pretrained.as_trained(replace(recipe, data=data, start_from=start_from))
+    recipe, said = pretrained.as_trained(on_features(replace(recipe, data=data, start_from=start_from)))
     for line in said:
         console.print(f"{recipe.name}: {line}", highlight=False, soft_wrap=True)
     start = _prepare(recipe, console)
     if start.step >= stop:
         return Result(start.folder, start.history, start.dataset)
+    if recipe.dataset.direct and not recipe.most_workers:
+        return Result(
+            start.folder, _train_here(recipe, start, _plan(recipe, start.dataset, stop), console), start.dataset
+        )
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -136,6 +143,39 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     if "error" in returned:
         raise InputError(returned["error"])
     return Result(start.folder, returned["history"], start.dataset)
+
+
+def on_features(recipe: Recipe) -> Recipe:
+    """Return the recipe with the features at its `data` in place of images, where its network is one on features.
+
+    Raises InputError where there are none.
+    """
+    if not networks.HEAD.fullmatch(recipe.network) or recipe.dataset.direct:
+        return recipe
+    return replace(recipe, dataset=of_features(recipe.dataset, recipe.data))
+
+
+def _train_here(recipe: Recipe, start: Start, plan: Plan, console: Console) -> list[dict[str, float]]:
+    """Train in this process, which reads its own examples, without Ray; return the history.
+
+    Raises InputError where the loss or the parameters become NaN or infinite.
+    """
+    dataset = start.dataset
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    if recipe.device == "gpu" and device.type != "cuda":
+        raise InputError("this machine has no GPU: leave --device out")
+    console.print(f"{recipe.name}: training in this process on {device.type.upper()}", highlight=False)
+    with Progress(recipe, console) as progress, contextlib.ExitStack() as closing:
+        job = Job(recipe, plan, dataset.class_names, start.folder, progress)
+        place = Place(0, Alone(), device, gauges={}, preempted=lambda: False)
+
+        def groups(left: Plan) -> Iterator[Group]:
+            return groups_here(dataset.train, dataset.probe, recipe.dataset.views, left, 0, 1)
+
+        try:
+            return go_on(job, place, dataset.tests, groups, closing)
+        except NotFiniteError as error:
+            raise InputError(str(error)) from None
 
 
 def _prepare(recipe: Recipe, console: Console) -> Start:
@@ -160,6 +200,7 @@ def _prepare(recipe: Recipe, console: Console) -> Start:
 def _plan(recipe: Recipe, dataset: Dataset, stop: int) -> Plan:
     """Return the order of reading from step 0 to `stop`."""
     probe_group = recipe.probe_batch // recipe.groups
+    row_bytes = math.prod(recipe.dataset.shape) * (2 if recipe.dataset.direct else 1)  # float16, uint8
     return Plan(
         row_groups=dataset.train.row_groups,
         seed=recipe.seed,
@@ -168,25 +209,25 @@ def _plan(recipe: Recipe, dataset: Dataset, stop: int) -> Plan:
         probe=probe_group,
         start=0,
         stop=stop,
-        chunk=chunk_of(recipe.group, math.prod(recipe.dataset.shape) * (2 + probe_group / recipe.group)),
+        chunk=chunk_of(recipe.group, row_bytes * (2 + probe_group / recipe.group)),
     )
 
 
 def _trainer(recipe: Recipe, start: Start, plan: Plan, queue: Queue, use_gpu: bool) -> TorchTrainer:
     """Return Ray Train's trainer: every start of its workers reads what the newest checkpoint leaves of `plan`."""
     folder, dataset = start.folder, start.dataset
-    train_ref, probe_ref = ray.put(dataset.train), ray.put(dataset.probe)
+    examples = [ray.put(dataset.train), ray.put(dataset.probe)]
     tests = {name: ray.put(test) for name, test in dataset.tests.items()}
 
     def remaining() -> ray.data.Dataset:
         plan_left = replace(plan, start=checkpoint.newest_step(folder))
-        return stream(train_ref, probe_ref, recipe.dataset.views, plan_left, recipe.actors)
+        return stream(examples[0], examples[1], recipe.dataset.views, plan_left, recipe.actors)
 
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(recipe.timeout)  # of Ray Train's own barriers
     filesystem, path = ray_storage(folder)
     return TorchTrainer(
         train,
-        train_loop_config={"job": Job(recipe, plan, tests, dataset.class_names, folder, queue)},
+        train_loop_config={"job": RayJob(recipe, plan, dataset.class_names, folder, queue, tests, examples)},
         torch_config=TorchConfig(timeout_s=recipe.timeout),
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.workers, use_gpu=use_gpu, label_selector=compute.training_nodes()
@@ -199,7 +240,7 @@ def _trainer(recipe: Recipe, start: Start, plan: Plan, queue: Queue, use_gpu: bo
             failure_config=ray.train.FailureConfig(max_failures=-1),
             worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
-        datasets={"train": remaining},
+        datasets={} if recipe.dataset.direct else {"train": remaining},
         dataset_config=ray.train.DataConfig(execution_options=preserved_order(), enable_shard_locality=False),
     )
 

@@ -20,10 +20,9 @@ import ray
 import ray.data
 import torch
 import tyro
-from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
-from pipeline import command, compute, job, predictions
+from pipeline import command, job, predictions
 from pipeline.columns import Columns
 from pipeline.dataset import InputError
 from pipeline.job import JobProgress
@@ -89,8 +88,8 @@ def predict(request: Request, console: Console | None = None) -> Predictions:
         raise InputError(f"top is {request.top} and the model knows {classes} classes: ask for fewer")
     columns = Columns(image=request.image_column, id=request.id_column)
     images = open_images(request.images, request.split, request.short_side, columns)
-    if images.class_names:
-        model.require(images.class_names, request.images)
+    if images.index:
+        model.require(images.index.class_names, request.images)
     about = Predictions(
         model=model.sha256,
         data_set=images.digest,
@@ -118,22 +117,16 @@ def _predict(
     request: Request, model: ModelFile, images: Images, about: Predictions, left: list[int], console: Console
 ) -> int:
     """Make the parts that are `left`, as a Ray Data job; return how many of their images could not be used."""
-    compute.join(cpus=2)
-    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    on_gpu = _on_gpu(request, gpus)
-    job.settings(ordered=True)
-    if on_gpu:  # not on data nodes, then: Ray Data counts on one kind of node only
-        DataContext.get_current().execution_options.label_selector = None
+    device, pool = job.network_actors(request.device, request.actors)
     answered = (
         ray.data.from_arrow(_tasks(images, about, left))
         .map_batches(views_of, fn_args=(images.read, model.source), batch_size=None, batch_format="pyarrow")
         .map_batches(
             Predictor,
-            fn_constructor_args=([ray.put(model)], about, "cuda" if on_gpu else "cpu"),
+            fn_constructor_args=([ray.put(model)], about, device),
             batch_size=request.batch,
             zero_copy_batch=False,
-            compute=ActorPoolStrategy(min_size=1, max_size=request.actors or max(gpus if on_gpu else cpus, 1)),
-            num_gpus=1 if on_gpu else 0,
+            **pool,
         )
     )
     rejected, lengths = 0, [len(about.rows_of(part)) for part in left]
@@ -146,14 +139,6 @@ def _predict(
             predictions.write_part(request.out, about, part, table)
             rejected += len(table) - table["rejected"].null_count
     return rejected
-
-
-def _on_gpu(request: Request, gpus: int) -> bool:
-    """Tell whether the network runs on GPUs; raise InputError where the cluster lacks the one that is asked for."""
-    to_come = compute.training_nodes() is not None  # set apart for their GPUs, and brought up when asked
-    if request.device == "gpu" and not (gpus or to_come):
-        raise InputError("the cluster has no GPU: leave --device out")
-    return request.device != "cpu" and (gpus > 0 or to_come)
 
 
 def _tasks(images: Images, about: Predictions, left: list[int]) -> list[pa.Table]:

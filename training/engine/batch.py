@@ -15,8 +15,9 @@ from training.recipe import Recipe
 
 
 def normalised(image_NHWC: Tensor) -> Tensor:
-    """Map uint8 0…255 to float −1…1, N×C×H×W (channels last in memory)."""
-    return image_NHWC.permute(0, 3, 1, 2).to(torch.get_default_dtype()).div_(127.5).sub_(1)
+    """Map uint8 0…255 to float −1…1, N×C×H×W (channels last in memory); what is no uint8, such as features, stays."""
+    image_NCHW = image_NHWC.permute(0, 3, 1, 2).to(torch.get_default_dtype())
+    return image_NCHW.div_(127.5).sub_(1) if image_NHWC.dtype == torch.uint8 else image_NCHW
 
 
 def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.device) -> Batch:

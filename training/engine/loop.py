@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,12 +15,11 @@ from ray.util.metrics import Gauge
 
 from pipeline import stream
 from pipeline.dataset import InputError
-from training.engine import pretrained, setup
-from training.engine.chronicle import Chronicle, Silent
+from pipeline.plan import Group, Plan
 from training.engine.collectives import Processes, WorkersError
 from training.engine.monitor import NotFiniteError
-from training.engine.worker import Job, Worker
-from training.objectives.interface import Alone, Workers
+from training.engine.worker import Job, Place, go_on
+from training.objectives.interface import Alone
 from training.runs import checkpoint, notes
 
 GAUGES = {  # what Prometheus shows of the figures in a progress message
@@ -32,7 +33,15 @@ FAULTS = (TypeError, LookupError, AttributeError, AssertionError, NotImplemented
 LOST = (torch.AcceleratorError, torch.distributed.DistError)  # of a machine, which the next start may not have
 
 
-def train(config: dict[str, Job]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RayJob(Job):
+    """Hold what Ray Train gives every worker. Examples travel as object-store references: read without a copy."""
+
+    tests: Mapping[str, Any]  # evaluation sets, by name
+    direct: Sequence[Any]  # training and trusted examples, of a data set that workers read themselves
+
+
+def train(config: dict[str, RayJob]) -> dict[str, Any]:
     """Train to the plan's end, from the last checkpoint; rank 0 returns the run's history, one row an evaluation.
 
     What a person must fix is returned by all workers as an error, because what is raised is tried again: at once where
@@ -61,44 +70,26 @@ def train(config: dict[str, Job]) -> dict[str, Any]:
             raise cause from None
 
 
-def _train(job: Job, closing: contextlib.ExitStack) -> list[dict[str, float]]:
-    """Train as one of the workers; return the history."""
-    recipe, context = job.recipe, ray.train.get_context()
-    rank, world, first = context.get_world_rank(), context.get_world_size(), True
+def _train(job: RayJob, closing: contextlib.ExitStack) -> list[dict[str, float]]:
+    """Train as one of Ray Train's workers; return the history."""
+    context = ray.train.get_context()
+    rank, world, first, gauges = context.get_world_rank(), context.get_world_size(), True, {}
     if rank == 0:  # before anything that may fail at every start
         first = notes.count_start(job.folder, checkpoint.newest_step(job.folder))
-    workers: Workers = Processes() if world > 1 else Alone()
-    device = ray.train.torch.get_device()
-    if recipe.precision == "float64":
-        closing.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float64)
-    state = setup.new_state(recipe, len(job.class_names), job.plan.examples, world, device)
-    history = setup.resume(state, job.folder, rank, world)
-    if state.step == job.plan.stop:  # the workers were lost after the last checkpoint
-        return history
-    if (recipe.start_from or recipe.weights) and not state.step:
-        state.load_weights(pretrained.start(job.folder))
-    chronicle = Silent()
-    if rank == 0:
         gauges = {name: Gauge(f"winnow_{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
-        chronicle = Chronicle(
-            recipe, job.folder, job.class_names, progress=job.progress, gauges=gauges, history=history
-        )
-        if not first:
-            why = notes.read(job.folder, notes.LAST_ERROR) or "a worker or its machine was lost"
-            chronicle.warn(f"started again at step {state.step}: {why}")
-            notes.write(job.folder, notes.LAST_ERROR, "")
-    closing.callback(chronicle.close)
-    worker = Worker(
-        job,
-        state,
-        {name: ray.get(ref) for name, ref in job.tests.items()},
-        rank=rank,
-        workers=workers,
-        device=device,
-        chronicle=chronicle,
+    place = Place(
+        rank,
+        Processes() if world > 1 else Alone(),
+        ray.train.torch.get_device(),
+        gauges,
         preempted=lambda: ray.train.get_preemption_info() is not None,
-        closing=closing,
     )
-    worker.train(stream.groups(ray.train.get_dataset_shard("train"), worker.plan))
-    return history
+
+    def groups(plan: Plan) -> Iterator[Group]:
+        if not job.recipe.dataset.direct:
+            return stream.groups(ray.train.get_dataset_shard("train"), plan)
+        examples, probe = ray.get(list(job.direct))
+        return stream.groups_here(examples, probe, job.recipe.dataset.views, plan, rank, world)
+
+    tests = {name: ray.get(ref) for name, ref in job.tests.items()}
+    return go_on(job, place, tests, groups, closing, again=not first)

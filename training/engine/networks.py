@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,19 @@ def vgg13(channels: int, classes: int) -> nn.Module:
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
+def head(hidden: int, features: int, classes: int) -> nn.Module:
+    """Build a linear layer on stored features, after `hidden` units with ReLU where there are any.
+
+    Each example is first brought to mean 0 and variance 1, so that one learning rate fits all backbones.
+    """
+    layers = [nn.Flatten(), nn.LayerNorm(features, elementwise_affine=False)]
+    layers += [nn.Linear(features, hidden), nn.ReLU()] if hidden else []
+    return nn.Sequential(*layers, nn.Linear(hidden or features, classes))
+
+
 SMALL_IMAGES = {"densenet100": densenet100, "vgg13": vgg13}
+RESNETS = ("resnet29", "resnet29-preact")
+HEAD = re.compile(r"linear|mlp-([1-9]\d*)")  # networks on features
 
 
 def build(
@@ -191,31 +204,36 @@ def build(
     """Build the randomly initialised network called `name`, the same for the same seed.
 
     `wrn-28-10`, `resnet29` (the authors' variant), `resnet29-preact`; `:group` behind these replaces batch by group
-    normalisation; `densenet100`, `vgg13`; any other name is timm's, with or without a tag (`resnet50.a1_in1k`). Of
-    those, networks that are built for a size are built for `size` px, blocks are left out with probability
-    `drop_path` at the last one, and with `own_input` the network maps images from −1…1 to what its weights expect.
+    normalisation; `densenet100`, `vgg13`; `linear` and `mlp-UNITS` for stored features; any other name is timm's, with
+    or without a tag (`resnet50.a1_in1k`). Of those, networks that are built for a size are built for `size` px, blocks
+    are left out with probability `drop_path` at the last one, and with `own_input` the network maps images from −1…1 to
+    what its weights expect.
     Raises ValueError, with the closest names, for an unknown one.
     """
-    base, _, suffix = name.partition(":")
-    if suffix not in ("", "group"):
-        raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
-    norm: Norm = group_norm if suffix else nn.BatchNorm2d
-    match = re.fullmatch(r"wrn-(\d+)-(\d+)", base)
-    ours = match or base in ("resnet29", "resnet29-preact", *SMALL_IMAGES)
+    ours = _ours(name)
     if ours and (drop_path or own_input):
         raise ValueError(f"network {name!r} has neither drop path nor pretrained weights: choose one of timm's")
     with torch.random.fork_rng(devices=[]):  # initialised on the CPU; a bare fork would open every GPU
         torch.manual_seed(seed)
-        if match:
-            return wide_resnet(int(match[1]), int(match[2]), channels, classes, norm)
-        if base in ("resnet29", "resnet29-preact"):
-            return resnet29(channels, classes, norm, first_activation=base == "resnet29-preact")
-        if base in SMALL_IMAGES and not suffix:
-            return SMALL_IMAGES[base](channels, classes)
-        if suffix:
-            raise ValueError(f"network {name!r}: ':group' goes with wrn-DEPTH-WIDTH and resnet29 only")
-        network = _timm_model(name, channels, classes, size, drop_path)
+        network = ours(channels, classes) if ours else _timm_model(name, channels, classes, size, drop_path)
     return with_own_input(network, channels) if own_input else network
+
+
+def _ours(name: str) -> Callable[[int, int], nn.Module] | None:
+    """Return what builds the network of this name for channels and classes; None for those of timm."""
+    base, _, suffix = name.partition(":")
+    if suffix not in ("", "group"):
+        raise ValueError(f"network {name!r}: the part behind ':' can only be 'group'")
+    norm: Norm = group_norm if suffix else nn.BatchNorm2d
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
+        return partial(wide_resnet, int(match[1]), int(match[2]), norm=norm)
+    if base in RESNETS:
+        return partial(resnet29, norm=norm, first_activation=base == "resnet29-preact")
+    if suffix:
+        raise ValueError(f"network {name!r}: ':group' goes with wrn-DEPTH-WIDTH and resnet29 only")
+    if match := HEAD.fullmatch(base):
+        return partial(head, int(match[1] or 0))
+    return SMALL_IMAGES.get(base)
 
 
 def _timm_model(name: str, channels: int, classes: int, size: int, drop_path: float) -> nn.Module:
@@ -224,7 +242,8 @@ def _timm_model(name: str, channels: int, classes: int, size: int, drop_path: fl
     if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
         import difflib
 
-        known = ["resnet29", "wrn-28-10", *SMALL_IMAGES, *timm.list_models(), *("." in name) * timm.list_pretrained()]
+        ours = ["resnet29", "wrn-28-10", "linear", "mlp-512", *SMALL_IMAGES]
+        known = [*ours, *timm.list_models(), *("." in name) * timm.list_pretrained()]
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "use wrn-DEPTH-WIDTH, resnet29 or a timm name"
         raise ValueError(f"unknown network {name!r}: {hint}")

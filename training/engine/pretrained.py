@@ -11,7 +11,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.dataset import InputError
 from pipeline.views import Interpolation
+from training.engine import networks
 from training.objectives.memory import classifier
 from training.recipe import HUB, Recipe
 
@@ -50,24 +51,62 @@ def read(weights: str, network: str) -> tuple[dict[str, Tensor], str]:
     return _flat(held, weights), hashlib.sha256(data).hexdigest()
 
 
+class Seen(NamedTuple):
+    """Hold how a network's weights were tested on images."""
+
+    size: int  # px
+    crop: float  # share of the short side
+    interpolation: Interpolation
+    notes: list[str]  # lines on what is otherwise here
+
+
+def seen(network: str) -> Seen | None:
+    """Return how timm tested its weights of `network`; None where timm does not know it."""
+    import timm  # a second or more: only where it is needed
+
+    config = timm.get_pretrained_cfg(network) if timm.is_model(network) else None
+    if config is None:
+        return None
+    notes = []
+    if config.crop_mode != "center":
+        notes.append(f"{network} was tested on {config.crop_mode}ed images; here the centre of each is cut out")
+    interpolation: Interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"
+    return Seen(min(config.input_size[1:]), config.crop_pct, interpolation, notes)
+
+
 def as_trained(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Return the recipe whose images have the size, crop and interpolation that its weights were trained with.
 
     What the recipe sets itself stays. Beside it come lines on what is otherwise here.
     """
-    if not recipe.weights:
+    tested = seen(recipe.network) if recipe.weights else None
+    if tested is None:
         return recipe, []
-    import timm  # a second or more: only where it is needed
+    return replace(recipe, dataset=recipe.dataset.seen(*tested[:3])), tested.notes
 
-    config = timm.get_pretrained_cfg(recipe.network) if timm.is_model(recipe.network) else None
-    if config is None:
-        return recipe, []
-    interpolation: Interpolation = "bilinear" if config.interpolation == "bilinear" else "bicubic"
-    dataset = recipe.dataset.seen(min(config.input_size[1:]), config.crop_pct, interpolation)
-    notes = []
-    if config.crop_mode != "center":
-        notes.append(f"{recipe.network} was tested on {config.crop_mode}ed images; here the centre of each is cut out")
-    return replace(recipe, dataset=dataset), notes
+
+def backbone(network: str, weights: str, size: int) -> tuple[nn.Module, int, str]:
+    """Return a network of timm without its last layer, in eval mode, with its weights; its D features; their sha256.
+
+    It maps images of −1…1, B×3×`size`×`size`, to B×D. Raises InputError for what cannot work.
+    """
+    held, sha256 = read(weights, network)
+    try:
+        built = networks.build(network, 3, 0, seed=0, size=size, own_input=True).eval()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    heads = _heads(built)
+    tensors, _ = fitted(built, {n: v for n, v in held.items() if n.rpartition(".")[0] not in heads}, classes=0)
+    built.load_state_dict(tensors)
+    try:
+        with torch.inference_mode():
+            features_BD = built(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{network} cannot take images of {size} px ({first}): change the size") from None
+    if features_BD.dim() != 2:
+        raise InputError(f"{network} gives {tuple(features_BD.shape)} of an image, no row of features: choose another")
+    return built, features_BD.shape[1], sha256
 
 
 def _of_hub(network: str) -> tuple[dict[str, Tensor], str]:
@@ -143,12 +182,17 @@ def _counts(name: str) -> bool:
 
 def last_layer(network: nn.Module, classes: int) -> set[str]:
     """Name the tensors of the last layer: as timm tells it, else of the last linear one of so many classes."""
-    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
-    heads = {named} if isinstance(named, str) else set(named)
+    heads = _heads(network)
     if not heads:
         last = classifier(network, classes)
         heads = {name for name, module in network.named_modules() if module is last}
     return {name for name in network.state_dict() if name.rpartition(".")[0] in heads}
+
+
+def _heads(network: nn.Module) -> set[str]:
+    # The modules that timm says are the last layer.
+    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    return {named} if isinstance(named, str) else set(named)
 
 
 def _adapted(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

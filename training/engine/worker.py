@@ -16,8 +16,9 @@ import torch
 
 from pipeline.dataset import InputError, Split
 from pipeline.plan import Group, Plan
+from training.engine import pretrained, setup
 from training.engine.batch import assemble
-from training.engine.chronicle import Silent
+from training.engine.chronicle import Chronicle, Silent
 from training.engine.collectives import agreed, average_statistics, gather_statistics
 from training.engine.evaluation import evaluate
 from training.engine.graph import StepGraph
@@ -26,6 +27,7 @@ from training.engine.state import TrainState
 from training.engine.step import differentiate, update
 from training.objectives.interface import Outcome, Workers
 from training.recipe import Recipe
+from training.runs import notes
 from training.runs.ledger import Ledger
 
 LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits for the device and the other workers
@@ -33,14 +35,64 @@ LOOK_EVERY = 10  # steps between looks at loss, clock and notices: each waits fo
 
 @dataclass(frozen=True)
 class Job:
-    """Hold what every worker is given. Evaluation sets travel as object-store references: read without a copy."""
+    """Hold what every worker is given."""
 
     recipe: Recipe
     plan: Plan  # from step 0
-    tests: Mapping[str, Any]  # references, by name
     class_names: tuple[str, ...]
     folder: str  # the run's own, a local path or URL
     progress: Any  # a queue that the launching process reads
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hold where a worker stands: who it is, on what it computes, and what only its surroundings know."""
+
+    rank: int
+    workers: Workers
+    device: torch.device
+    gauges: Mapping[str, Any]  # Prometheus', of rank 0
+    preempted: Callable[[], bool]  # whether a machine of the run is about to be taken
+
+
+def go_on(
+    job: Job,
+    place: Place,
+    tests: Mapping[str, Split],
+    groups: Callable[[Plan], Iterator[Group]],
+    closing: ExitStack,
+    *,
+    again: bool = False,
+) -> list[dict[str, float]]:
+    """Train from the newest checkpoint to the plan's end as one of the workers; return the run's history.
+
+    `groups` gives this worker's groups of what is left of the plan; `again` tells that an earlier start has failed.
+    Raises as `Worker.train`.
+    """
+    recipe = job.recipe
+    if recipe.precision == "float64":
+        closing.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+    workers = place.workers.size
+    state = setup.new_state(recipe, len(job.class_names), job.plan.examples, workers, place.device)
+    history = setup.resume(state, job.folder, place.rank, workers)
+    if state.step == job.plan.stop:  # the workers were lost after the last checkpoint
+        return history
+    if (recipe.start_from or recipe.weights) and not state.step:
+        state.load_weights(pretrained.start(job.folder))
+    chronicle = Silent()
+    if place.rank == 0:
+        chronicle = Chronicle(
+            recipe, job.folder, job.class_names, progress=job.progress, gauges=place.gauges, history=history
+        )
+        if again:
+            why = notes.read(job.folder, notes.LAST_ERROR) or "a worker or its machine was lost"
+            chronicle.warn(f"started again at step {state.step}: {why}")
+            notes.write(job.folder, notes.LAST_ERROR, "")
+    closing.callback(chronicle.close)
+    worker = Worker(job, state, tests, place, chronicle, closing)
+    worker.train(groups(worker.plan))
+    return history
 
 
 class Worker:
@@ -51,19 +103,16 @@ class Worker:
         job: Job,
         state: TrainState,
         tests: Mapping[str, Split],
-        *,
-        rank: int,
-        workers: Workers,
-        device: torch.device,
+        place: Place,
         chronicle: Silent,
-        preempted: Callable[[], bool],
         closing: ExitStack,
     ) -> None:
-        """Set up; `preempted` tells whether a machine of the run is about to be taken, `closing` closes files."""
+        """Set up; `closing` closes files."""
         self.recipe, self.classes, self.plan = job.recipe, len(job.class_names), replace(job.plan, start=state.step)
-        self.state, self.tests, self.rank, self.workers, self.device = state, tests, rank, workers, device
-        self.chronicle, self.preempted, self.noticed = chronicle, preempted, False
-        self.ledger, self.monitor = Ledger(job.folder, rank), Monitor(self.classes)
+        self.state, self.tests = state, tests
+        self.rank, self.workers, self.device = place.rank, place.workers, place.device
+        self.chronicle, self.preempted, self.noticed = chronicle, place.preempted, False
+        self.ledger, self.monitor = Ledger(job.folder, place.rank), Monitor(self.classes)
         closing.callback(self.ledger.close)
         self.by = StepGraph() if self.recipe.cuda_graph else differentiate
         self.last_good = f"step {state.step}" if state.step else "none"

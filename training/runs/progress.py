@@ -42,6 +42,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def put_nowait(self, message: Mapping[str, Any]) -> None:
+        """Show a message at once: for training in this process, in place of a queue."""
+        self.show(message)
+
     def show(self, message: Mapping[str, Any]) -> None:
         """Show one message of the training loop."""
         step, text = int(message["step"]), describe(message)
