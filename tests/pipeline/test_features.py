@@ -26,6 +26,11 @@ WIDTH, CLASSES = 6, 3
 COUNTS = {"probe": 12, "test": 30, "train": 2 * ROW_GROUP + 45}
 
 
+def true_of(count: int) -> np.ndarray:
+    """The true classes of a split's rows, in no order that folds could follow."""
+    return np.random.default_rng(5).permutation(np.arange(count) % CLASSES)
+
+
 def write(folder: Path | str, looks: int = 2, counts: dict[str, int] | None = None, width: int = WIDTH) -> Index:
     """Write features whose classes lie apart, training labels a third wrong, and their index."""
     os.makedirs(folder, exist_ok=True)
@@ -33,7 +38,7 @@ def write(folder: Path | str, looks: int = 2, counts: dict[str, int] | None = No
     rng, shards, first = np.random.default_rng(0), [], 0
     centre_KD = 3 * np.random.default_rng(7).standard_normal((CLASSES, width))
     for split, count in (counts or COUNTS).items():
-        true_N = np.arange(count) % CLASSES
+        true_N = true_of(count)
         wrong_N = (split == "train") & (rng.random(count) < 1 / 3)
         label_N = np.where(wrong_N, (true_N + 1) % CLASSES, true_N)
         columns = {

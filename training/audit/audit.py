@@ -1,9 +1,12 @@
-"""Write what a run learned about its labels: one row per image in labels.parquet, and audit.html to read and to send.
+"""Write which labels are wrong: one row per image in labels.parquet, and audit.html to read and to send.
 
     python -m training.audit runs/custom --data gs://bucket/shards
+    python -m training.audit --features gs://bucket/features --data gs://bucket/shards
+    python -m training.audit runs/custom --data gs://bucket/shards --features gs://bucket/features
 
-Both are written into the run's folder audit/, with suggest.csv where images to check are asked for. The columns of
-labels.parquet are those of `training.audit.evidence.SCHEMA`.
+By what a run has learned; by stored features, without a run: heads are trained on them, and each label is judged by one
+that has not seen it; or by both. All is written into the folder audit/ of the run, or of the features, with suggest.csv
+where images to check are asked for. The columns of labels.parquet are those of `training.audit.evidence.SCHEMA`.
 
 Shapes: N images, K classes.
 """
@@ -14,7 +17,7 @@ import csv
 import functools
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated
@@ -30,10 +33,12 @@ from pipeline import storage
 from pipeline.census import census
 from pipeline.dataset import Dataset, InputError
 from pipeline.keyed import TASK_ROWS, reduce_by_key
-from training.audit import page
+from training.audit import folds, page
 from training.audit.evidence import SCHEMA, Findings, reduce_visits, settled
+from training.audit.folds import Folds
 from training.engine.schedule import Schedule
 from training.launch import guarded
+from training.objectives.registry import METHODS
 from training.runs import checkpoint, ledger
 from training.runs.finished import Run
 
@@ -48,10 +53,17 @@ READ = ["id", "step", "label", "pseudo_label", "trust", "weight", "confidence", 
 class Options:
     """Describe what is asked for."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Folder or URL of a run that has finished."""
     data: str = ""
-    """Where the data set of the run is: a local path or any fsspec URL."""
+    """Where the data set is: a local path or any fsspec URL. Of features it may be left out: then there are no
+    pictures."""
+    features: str = ""
+    """Features of the same images, made by pipeline.embed, on which heads are trained and judge."""
+    folds: int = 5
+    """Of how many heads: each is trained on all rows but its share, which it judges."""
+    method: str = "winnow"
+    """How the heads are trained: a name of --method."""
     cycles: int = 0
     """How many of the schedule's last cycles to read; 0: as few as hold three visits of every image."""
     suggest: int = 0
@@ -61,6 +73,20 @@ class Options:
         for name in ("cycles", "suggest"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.folds < 2:
+            raise ValueError(f"folds is {self.folds}: it must be 2 or more")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Hold what is audited."""
+
+    folder: str  # of the run, or the features: audit/ is in it
+    dataset: Dataset  # of features, where no images are given
+    pictures: bool
+    about: str  # the network and the evidence, for the page
 
 
 def audit(options: Options, console: Console | None = None) -> Findings:
@@ -69,16 +95,13 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     Raises InputError for what is missing, damaged or does not belong together, most of it before the ledger is read.
     """
     console = console or Console()
-    run = Run.open(options.run)
-    dataset = run.load(options.data)
-    steps = window(run, options.cycles, len(dataset.train))
-    parts = whole_parts(run, steps)
-    storage.require_writable(run.folder)
-
+    subject, tables, judge = _evidence(options, console)
+    storage.require_writable(subject.folder)
+    dataset = subject.dataset
     trusted_K = np.bincount(dataset.probe.label_N, minlength=len(dataset.class_names))
     findings = Findings(trusted_K, page.PER_CLASS, page.OVERALL, options.suggest)
-    write_labels(run, reduced(run, steps, parts), findings)
-    console.print(f"{run.folder}/{LABELS}: {_summary(findings)}", highlight=False, soft_wrap=True)
+    write_labels(subject.folder, tables, findings)
+    console.print(f"{subject.folder}/{LABELS}: {_summary(findings)}", highlight=False, soft_wrap=True)
 
     shown = page.shown(findings)
     suggested = findings.suggested()
@@ -87,21 +110,60 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     row_of = dict(zip(noisy["id"].to_pylist(), noisy["row"].to_pylist(), strict=True))
     if missing := set(shown["id"].to_pylist() + suggested["id"].to_pylist()) - row_of.keys():
         raise InputError(
-            f"the ledger of {run.folder} has id {min(missing)}, which {options.data or 'the data set'} has not: "
-            "the ledger is of another run; copy it again"
+            f"the evidence of {subject.folder} has id {min(missing)}, which {options.data or 'the data set'} has not: "
+            "it is of other images; copy it again, or give their --data"
         )
-    write_page(run, steps, dataset, findings, found, row_of)
-    console.print(f"{run.folder}/{PAGE} written", highlight=False, soft_wrap=True)
+    write_page(subject, *judge(), findings, found, row_of)
+    console.print(f"{subject.folder}/{PAGE} written", highlight=False, soft_wrap=True)
     if options.suggest:
         names = dataset.train.names(np.array([row_of[id_] for id_ in suggested["id"].to_pylist()]))
-        _write(run, SUGGESTIONS, suggestions(suggested, names, dataset.class_names))
+        _write(subject.folder, SUGGESTIONS, suggestions(suggested, names, dataset.class_names))
+        goes_on = f", and a new run goes on with --start-from {subject.folder}" if options.run else ""
         console.print(
-            f"{run.folder}/{SUGGESTIONS}: {len(suggested):,} images: fill in the column label; pipeline.shards custom "
-            f"takes the file as --trusted, and a new run goes on with --start-from {run.folder}",
+            f"{subject.folder}/{SUGGESTIONS}: {len(suggested):,} images: fill in the column label; pipeline.shards "
+            f"custom takes the file as --trusted{goes_on}",
             highlight=False,
             soft_wrap=True,
         )
     return findings
+
+
+Judge = Callable[[], tuple[np.ndarray, float | None]]  # probabilities of trusted images, M×K; accuracy on the tests
+
+
+def _evidence(options: Options, console: Console) -> tuple[Subject, Iterator[pa.Table], Judge]:
+    """Return what is audited, its rows of `SCHEMA`, table by table, and how trusted images are judged."""
+    heads = Folds(options.features, options.folds, options.method) if options.features else None
+    if not options.run:
+        if heads is None:
+            raise InputError("nothing to audit: give the folder of a run, or --features")
+        return _of_heads(heads, options.data, console)
+    run = Run.open(options.run)
+    dataset = run.load(options.data)
+    steps = window(run, options.cycles, len(dataset.train))
+    parts = whole_parts(run, steps)
+    ends = [0, *run.schedule.ends]
+    about = (
+        f"{run.recipe['network']}; read from steps {steps.start:,} to {steps.stop:,}, "
+        f"the last {len(ends) - 1 - ends.index(steps.start)} of {len(ends) - 1} cycles"
+    )
+    if heads:
+        heads.require_same(dataset)
+        about += f"; and {heads.told}, both counting alike"
+    measured = [commit.top1 for commit in checkpoint.commits(run.folder) if commit.top1 is not None]
+    accuracy = measured[-1] if measured else None
+    judged = heads.write(console) if heads else []
+    tables = reduced(run, steps, parts, judged)
+    return Subject(run.folder, dataset, True, about), tables, lambda: (run.model.probabilities(dataset.probe), accuracy)
+
+
+def _of_heads(heads: Folds, data: str, console: Console) -> tuple[Subject, Iterator[pa.Table], Judge]:
+    dataset = heads.images(data)
+    tables = (
+        reduce_visits(table.append_column("settled", pa.array(np.ones(len(table)))), len(dataset.class_names))
+        for table in heads.visits(console)
+    )
+    return Subject(heads.url, dataset, bool(data), heads.told), tables, heads.trusted
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
@@ -148,8 +210,14 @@ def whole_parts(run: Run, steps: range) -> list[tuple[ledger.Part, int]]:
     return list(zip(parts, counts, strict=True))
 
 
-def reduced(run: Run, steps: range, parts: list[tuple[ledger.Part, int]]) -> Iterator[pa.Table]:
-    """Return the rows of `steps` in these parts, reduced to one per id by a Ray Data job, table by table."""
+def reduced(
+    run: Run, steps: range, parts: list[tuple[ledger.Part, int]], judged: Sequence[tuple[str, int]] = ()
+) -> Iterator[pa.Table]:
+    """Return the rows of `steps` in these parts, reduced to one per id by a Ray Data job, table by table.
+
+    `judged` are files of what heads say of the same ids, with their numbers of rows: both sources count alike, whatever
+    the number of their visits.
+    """
     tasks: list[list[str]] = [[]]
     held = 0
     for part, count in parts:
@@ -158,19 +226,32 @@ def reduced(run: Run, steps: range, parts: list[tuple[ledger.Part, int]]) -> Ite
             held = 0
         tasks[-1].append(part.path)
         held += count
+    made = [pa.table({"path": paths, "heads": [False] * len(paths)}) for paths in tasks]
+    made += [pa.table({"path": [path], "heads": [True]}) for path, _ in judged]
     return reduce_by_key(
-        [pa.table({"path": paths}) for paths in tasks],
+        made,
         functools.partial(_visits, folder=run.folder, steps=steps, schedule=run.schedule),
         "id",
-        sum(count for _, count in parts),
-        functools.partial(reduce_visits, classes=len(run.model.class_names)),
+        sum(count for _, count in [*parts, *judged]),
+        functools.partial(_reduce, classes=len(run.model.class_names)),
     )
+
+
+def _reduce(visits: pa.Table, classes: int) -> pa.Table:
+    # Of each source of evidence an id's visits weigh one together.
+    id_R, heads_R, settled_R = (visits[name].to_numpy(zero_copy_only=False) for name in ("id", "heads", "settled"))
+    _, place_R = np.unique(np.stack([id_R, heads_R]), axis=1, return_inverse=True)
+    share_R = settled_R / np.bincount(place_R, settled_R)[place_R]
+    rows = visits.drop_columns(["heads", "settled"]).append_column("settled", pa.array(share_R))
+    return reduce_visits(rows, classes)
 
 
 def _visits(task: pa.Table, folder: str, steps: range, schedule: Schedule) -> pa.Table:
     # The rows of some parts, with the weights of their steps.
     fs, _ = storage.connect(folder)
     tables = []
+    if task["heads"][0].as_py():
+        return folds.read(task["path"][0].as_py())
     for path in task["path"].to_pylist():
         try:
             rows = pq.read_table(pa.BufferReader(storage.read(fs, path)), columns=READ)
@@ -180,6 +261,7 @@ def _visits(task: pa.Table, folder: str, steps: range, schedule: Schedule) -> pa
     rows = pa.concat_tables(tables)
     weight = settled(rows["step"].to_numpy(), schedule).astype(np.float32)
     rows = rows.drop_columns("step").append_column("settled", pa.array(weight))
+    rows = rows.append_column("heads", pa.array(np.zeros(len(rows), bool)))
     for name in ("label", "pseudo_label"):  # half the bytes to move
         rows = rows.set_column(rows.schema.get_field_index(name), name, rows[name].cast(pa.int32()))
     return rows
@@ -192,9 +274,9 @@ def _damaged(path: str, error: Exception) -> InputError:
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def write_labels(run: Run, tables: Iterator[pa.Table], findings: Findings) -> None:
+def write_labels(folder: str, tables: Iterator[pa.Table], findings: Findings) -> None:
     """Write `tables` as labels.parquet, one by one, and add them to `findings`."""
-    fs, path = storage.connect(run.folder)
+    fs, path = storage.connect(folder)
     with tempfile.TemporaryDirectory() as scratch:
         local = f"{scratch}/labels.parquet"
         with pq.ParquetWriter(local, SCHEMA, compression="zstd") as writer:
@@ -219,65 +301,75 @@ def suggestions(rows: pa.Table, names: list[str], class_names: tuple[str, ...]) 
 
 
 def write_page(
-    run: Run, steps: range, dataset: Dataset, findings: Findings, found: pa.Table, row_of: dict[int, int]
+    subject: Subject,
+    probability_MK: np.ndarray,
+    accuracy: float | None,
+    findings: Findings,
+    found: pa.Table,
+    row_of: dict[int, int],
 ) -> None:
     """Write audit.html; `found` is the census and `row_of` where the shown images are."""
+    dataset = subject.dataset
     ids = page.shown(findings)["id"].to_pylist()
-    held = dataset.train.take(np.array([row_of[id_] for id_ in ids]))
-    torn, torn_images = _torn(dataset, found)
-    disputed, disputed_images = _disputed(run, dataset)
-    measured = [commit.top1 for commit in checkpoint.commits(run.folder) if commit.top1 is not None]
-    ends = [0, *run.schedule.ends]
+    images: dict[int, np.ndarray] = {}
+    if subject.pictures:
+        held = dataset.train.take(np.array([row_of[id_] for id_ in ids]))
+        images = {id_: held.image(row) for row, id_ in enumerate(ids)}
+    torn, torn_images = _torn(subject, found)
+    disputed, disputed_images = _disputed(subject, probability_MK)
     report = page.Report(
-        name=run.folder.rstrip("/").rpartition("/")[2],
+        name=subject.folder.rstrip("/").rpartition("/")[2],
         about=(
             f"{len(dataset.train):,} images of {len(dataset.class_names)} classes, {len(dataset.probe):,} trusted; "
-            f"{run.recipe['network']}; read from steps {steps.start:,} to {steps.stop:,}, "
-            f"the last {len(ends) - 1 - ends.index(steps.start)} of {len(ends) - 1} cycles"
+            f"{subject.about}"
         ),
         class_names=dataset.class_names,
-        accuracy=measured[-1] if measured else None,
+        accuracy=accuracy,
         findings=findings,
-        images={id_: held.image(row) for row, id_ in enumerate(ids)},
+        images=images,
         disputed=disputed,
         disputed_images=disputed_images,
         torn=torn,
         torn_images=torn_images,
     )
-    _write(run, PAGE, page.render(report))
+    _write(subject.folder, PAGE, page.render(report))
 
 
-def _disputed(run: Run, dataset: Dataset) -> tuple[list[page.Judged], int]:
-    # Of the trusted images to which the network gives another label, those with the least probable label; how many are.
-    probe = dataset.probe
-    probability_MK = run.model.probabilities(probe)
+def _disputed(subject: Subject, probability_MK: np.ndarray) -> tuple[list[page.Judged], int]:
+    # Of the trusted images to which the judge gives another label, those with the least probable label; how many are.
+    probe = subject.dataset.probe
     answer_M = probability_MK.argmax(1)
     own_M = probability_MK[np.arange(len(probe)), probe.label_N]
     rows = np.flatnonzero(answer_M != probe.label_N)
     shown = [
         page.Judged(
-            int(probe.id_N[row]), probe.image(row), int(probe.label_N[row]), int(answer_M[row]), float(own_M[row])
+            int(probe.id_N[row]),
+            probe.image(row) if subject.pictures else None,
+            int(probe.label_N[row]),
+            int(answer_M[row]),
+            float(own_M[row]),
         )
         for row in rows[np.argsort(own_M[rows])][: page.OVERALL]
     ]
     return shown, len(rows)
 
 
-def _torn(dataset: Dataset, found: pa.Table) -> tuple[list[tuple[np.ndarray, tuple[str, ...]]], int]:
+def _torn(subject: Subject, found: pa.Table) -> tuple[list[tuple[np.ndarray | None, tuple[str, ...]]], int]:
     # Some images that are stored under several labels, with these, and how many there are.
-    torn = found.filter(found["torn"])
+    dataset, torn = subject.dataset, found.filter(found["torn"])
     digests = torn["digest"].unique()
-    shown = []
+    shown: list[tuple[np.ndarray | None, tuple[str, ...]]] = []
     for digest in digests[: page.OVERALL]:
         group = torn.filter(pc.equal(torn["digest"], digest)).to_pylist()
         split = dataset.probe if group[0]["trusted"] else dataset.train
         labels = sorted({dataset.class_names[row["label"]] for row in group})
-        shown.append((split.take(np.array([group[0]["row"]])).image(0), tuple(labels)))
+        image = split.take(np.array([group[0]["row"]])).image(0) if subject.pictures else None
+        shown.append((image, tuple(labels)))
     return shown, len(digests)
 
 
-def _write(run: Run, name: str, text: str) -> None:
-    fs, path = storage.connect(run.folder)
+def _write(folder: str, name: str, text: str) -> None:
+    fs, path = storage.connect(folder)
     storage.write(fs, storage.join(path, name), text.encode())
 
 

@@ -31,7 +31,7 @@ class Judged:
     """Hold an image, its label, and what the network makes of it."""
 
     id: int
-    image: np.ndarray  # H×W×C uint8
+    image: np.ndarray | None  # H×W×C uint8
     label: int
     proposed: int
     probability: float  # of the label
@@ -46,10 +46,10 @@ class Report:
     class_names: tuple[str, ...]
     accuracy: float | None  # top-1 on the evaluation set
     findings: Findings
-    images: Mapping[int, np.ndarray]  # of the findings' rows, by id
+    images: Mapping[int, np.ndarray]  # of the findings' rows, by id; none where there are features alone
     disputed: Sequence[Judged]  # trusted images that the network disputes, the clearest first
     disputed_images: int  # how many there are in all
-    torn: Sequence[tuple[np.ndarray, tuple[str, ...]]]  # images stored under several labels, and these
+    torn: Sequence[tuple[np.ndarray | None, tuple[str, ...]]]  # images stored under several labels, and these
     torn_images: int  # how many there are in all
 
 
@@ -57,7 +57,7 @@ class Report:
 class Shot:
     """Hold a thumbnail and the text with it."""
 
-    image: str  # data URI
+    image: str  # data URI; "": there is none
     coarse: bool
     title: str
     given: str
@@ -100,11 +100,13 @@ def render(report: Report) -> str:
     )
 
 
-def thumbnail(image_HWC: np.ndarray) -> tuple[str, bool]:
-    """Return the image as a data URI, TILE px on its longer side, and whether it is coarse.
+def thumbnail(image_HWC: np.ndarray | None) -> tuple[str, bool]:
+    """Return the image as a data URI, TILE px on its longer side, and whether it is coarse; "" where there is none.
 
     A coarse image, of COARSE px at most, is left as it is.
     """
+    if image_HWC is None:
+        return "", False
     height, width, channels = image_HWC.shape
     longest = max(height, width)
     coarse = longest <= COARSE
@@ -230,7 +232,7 @@ def _shots(report: Report, rows: pa.Table, note: str) -> list[Shot]:
     names, shots = report.class_names, []
     for row in rows.to_pylist():
         proposed = names[row["proposed"]] if row["proposed"] != row["label"] else ""
-        image, title = thumbnail(report.images[row["id"]]), f"id {row['id']}"
+        image, title = thumbnail(report.images.get(row["id"])), f"id {row['id']}"
         shots.append(Shot(*image, title, names[row["label"]], proposed, note.format(**row)))
     return shots
 

@@ -228,7 +228,7 @@ def again(part: Path) -> None:
         (middle(again), "holds 12 of 6 rows of step 6: parts of it are missing, or of another run"),
         (middle(lambda part: part.write_bytes(b"half a file")), "ledger part .*steps-.* is damaged .*: copy it again"),
         (other_classes, r"knows 2 classes and .*shards has 3: give a model and data of the same classes"),
-        (other_ids, r"the ledger of .*run has id \d+, which .*shards has not: the ledger is of another run"),
+        (other_ids, r"the evidence of .*run has id \d+, which .*shards has not: it is of other images"),
     ],
 )
 def test_a_run_that_cannot_be_audited_is_one_line(root, tmp_path, damage, message):
