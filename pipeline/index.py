@@ -144,7 +144,7 @@ def read_index(url: str) -> Index:
 def require_images(index: Index, url: str) -> None:
     """Raise InputError where the index at `url` is one of features."""
     if FEATURES in index.options:
-        raise InputError(f"{url} holds features, not images: set --network linear or mlp-UNITS, or give shards")
+        raise InputError(f"{url} holds features, not images: give shards, or train with --network linear or mlp-UNITS")
 
 
 @dataclass(frozen=True, eq=False)

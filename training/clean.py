@@ -30,7 +30,8 @@ from rich.console import Console
 
 from pipeline import command, compute, job, predictions, storage
 from pipeline.dataset import HeldOut, InputError
-from pipeline.index import SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index, write_shard
+from pipeline.features import Features
+from pipeline.index import NAME, SHARD_SCHEMA, Index, Shard, Sharded, Shards, read_index, require_images, write_shard
 from pipeline.job import JobProgress, Record
 from pipeline.predictions import Predictions
 from training.recipe import source_of
@@ -59,7 +60,7 @@ class Request:
     """Describe what is asked for."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder of an audited run: a local path or any fsspec URL."""
+    """Folder of an audited run, or of audited features: a local path or any fsspec URL."""
     data: str
     """The shards to write anew: those that the run was trained on, or others of the same images."""
     out: str
@@ -115,6 +116,7 @@ def clean(request: Request, console: Console | None = None) -> Index:
     storage.require_writable(request.out)
     _require_shards(request.run)
     index = read_index(request.data)
+    require_images(index, request.data)
     about, starts = _predictions(request, index)
     compute.join()
     audit = read_audit(request.run, len(index.class_names))
@@ -244,10 +246,13 @@ def _make(
 
 
 def _require_shards(run: str) -> None:
-    """Raise InputError where the run's data set is read whole, without shards."""
+    """Raise InputError where the run's data set is read whole, without shards. Features are of shards."""
+    fs, path = storage.connect(run)
+    if storage.exists(fs, storage.join(path, NAME)):  # a folder of features, with an audit of its own
+        return
     source = source_of(recipe_file.read(run)["dataset"])
     source = source.source if isinstance(source, HeldOut) else source  # a sweep's trial
-    if not isinstance(source, Sharded):
+    if not isinstance(source, (Sharded, Features)):
         raise InputError(
             f"{run} was trained on {type(source).__name__}, which has no shards to write anew: "
             f"its audited labels are in {storage.join(run, LABELS)}"

@@ -5,7 +5,8 @@
 Input `image`: float32, B×C×H×W; output `logits`, B×K. The file's metadata hold `class_names`, a JSON list, and
 `preprocessing`, JSON: shrink or enlarge an image until its short side has `resize_short_side` px (by `interpolation`,
 bilinear or bicubic, smoothed where it shrinks), cut out the `height`×`width` px in its centre, divide values 0…255 by
-127.5 and subtract 1; the mean and deviation that pretrained weights want are in the network.
+127.5 and subtract 1; the mean and deviation that pretrained weights want are in the network. A head on features takes
+them as they are stored, B×D×1×1, and has no preprocessing.
 
 Shapes: B images of C channels and H×W pixels, K classes.
 """
@@ -75,6 +76,8 @@ def export(request: Request, console: Console | None = None) -> float:
 def preprocessing(source: Source) -> dict[str, object]:
     """Return what must be done to an image before the network, as the text at the top of this file describes it."""
     (height, width, channels), views = source.shape, source.views
+    if source.direct:
+        return {"layout": "NCHW", "height": height, "width": width}
     return {
         "layout": "NCHW",
         "colour": "RGB" if channels == 3 else "grey",

@@ -82,6 +82,8 @@ def predict(request: Request, console: Console | None = None) -> Predictions:
     """
     console = console or Console()
     model = model_file.read(request.model)
+    if model.source.direct:
+        raise InputError(f"{request.model} is a head on features and cannot see images: give a run on images")
     model.network()  # here, to report at once what is wrong with it
     classes = len(model.class_names)
     if request.top > classes:

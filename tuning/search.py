@@ -55,7 +55,8 @@ def run(
     space.check(searched, sweep.recipe)
     if sweep.algorithm == "grid":
         sweep = replace(sweep, trials=space.size(searched))
-    held_out = HeldOut(sweep.recipe.dataset, sweep.validation).load(sweep.recipe.data, sweep.recipe.seed)
+    dataset = launch.on_features(sweep.recipe).dataset
+    held_out = HeldOut(dataset, sweep.validation).load(sweep.recipe.data, sweep.recipe.seed)
     console.print(
         f"{len(held_out.tests['validation'])} trusted examples validate, {len(held_out.probe)} are the probe",
         highlight=False,

@@ -28,12 +28,19 @@ from pipeline.shards import Options, ingest
 from tests.pipeline import layouts
 from tests.pipeline.test_features import write
 from training import embed as command
+from training.audit import audit
+from training.clean import Request as Clean
+from training.clean import clean
 from training.embed import Embedder, Request, embed
 from training.engine.batch import normalised
 from training.engine.schedule import Schedule
 from training.engine.worker import Worker
+from training.export import Request as Export
+from training.export import export
 from training.launch import Result, run
 from training.objectives.registry import METHODS
+from training.predict import Request as Predict
+from training.predict import predict
 from training.recipe import Recipe, looking_ahead
 from training.runs import ledger
 from training.runs.model_file import read
@@ -279,10 +286,30 @@ def test_every_method_trains_on_features(method, network, features, tmp_path):
 
 
 def test_images_and_features_are_not_taken_for_each_other(features, shards, tmp_path):
-    with pytest.raises(InputError, match="holds features, not images: set --network linear or mlp-UNITS"):
+    with pytest.raises(
+        InputError, match="holds features, not images: give shards, or train with --network linear or mlp-UNITS"
+    ):
         run(recipe(features, tmp_path, network="resnet18"), quiet())
     with pytest.raises(InputError, match="holds images, not features"):
         run(recipe(shards, tmp_path), quiet())
+
+
+def test_a_head_is_audited_and_exported_and_sees_no_images(features, here, shards, local_ray, tmp_path):
+    audit.audit(audit.Options(here.folder, features), quiet())
+    assert "<img" not in Path(here.folder, audit.PAGE).read_text()
+    single = run(recipe(features, tmp_path), quiet())
+    assert export(Export(single.folder, str(tmp_path / "head.onnx")), quiet()) < 1e-5
+    with pytest.raises(InputError, match="is a head on features and cannot see images"):
+        predict(Predict(single.folder, shards, str(tmp_path / "out")), quiet())
+
+
+def test_an_audit_of_features_corrects_the_labels_of_their_shards(embedded, shards, tmp_path):
+    audit.audit(audit.Options(features=embedded, data=shards, folds=2), quiet())
+    assert "<img" in Path(embedded, audit.PAGE).read_text()
+    index = clean(Clean(embedded, shards, str(tmp_path)), quiet())
+    assert [shard.rows for shard in index.shards] == [shard.rows for shard in read_index(shards).shards]
+    with pytest.raises(InputError, match="holds features, not images"):
+        clean(Clean(embedded, embedded, str(tmp_path / "other")), quiet())
 
 
 def test_the_command_line_teaches(capsys):

@@ -154,7 +154,12 @@ def _evidence(options: Options, console: Console) -> tuple[Subject, Iterator[pa.
     accuracy = measured[-1] if measured else None
     judged = heads.write(console) if heads else []
     tables = reduced(run, steps, parts, judged)
-    return Subject(run.folder, dataset, True, about), tables, lambda: (run.model.probabilities(dataset.probe), accuracy)
+    pictures = not run.model.source.direct
+    return (
+        Subject(run.folder, dataset, pictures, about),
+        tables,
+        lambda: (run.model.probabilities(dataset.probe), accuracy),
+    )
 
 
 def _of_heads(heads: Folds, data: str, console: Console) -> tuple[Subject, Iterator[pa.Table], Judge]:
