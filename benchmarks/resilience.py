@@ -67,7 +67,7 @@ from training import launch
 from training.engine.schedule import Schedule
 from training.objectives.interface import Batch, Moment, Objective, Outcome, Workers
 from training.objectives.registry import METHODS
-from training.recipe import Recipe
+from training.recipe import Recipe, looking_ahead
 from training.runs import checkpoint, ledger
 
 STEPS, CHECKPOINT_STEPS, EVALUATE_EVERY = 80, 10, 20
@@ -352,19 +352,21 @@ TWINS = {fault.twin for fault in FAULTS.values()}
 
 def recipe(name: str, folder: str, url: str) -> Recipe:
     """Return the run that a fault strikes, on a network whose result does not depend on the number of workers."""
+    elastic = FAULTS[name].elastic
     plain = {"poisoned_image": EncodedDigits(broken=True), "grey_image": EncodedDigits(broken=False)}
     return Recipe(
         name="run",
         dataset=plain.get(name) or SlowDigits(fault=name, folder=folder),
-        objective=Faulty(METHODS["reference"](), name, folder),
+        objective=Faulty(looking_ahead(METHODS["reference"](), None if elastic else 0.1), name, folder),
         storage=url,
         network="wrn-10-1:group",
-        schedule=Schedule(lr=0.05, first_cycle=STEPS, cycles=1),
+        schedule=Schedule(lr=0.001 if elastic else 0.05, first_cycle=STEPS, cycles=1),
+        optimiser="adamw" if elastic else "sgd",  # whose state has more to carry over
         batch=BATCH,
         probe_batch=20,
         group=GROUP,
-        workers=(1, 2) if FAULTS[name].elastic else 2,
-        precision="float64" if FAULTS[name].elastic else "float32",
+        workers=(1, 2) if elastic else 2,
+        precision="float64" if elastic else "float32",
         actors=2,
         evaluate_every=EVALUATE_EVERY if FAULTS[name].kept else 0,
         checkpoint_steps=CHECKPOINT_STEPS if FAULTS[name].kept else 0,

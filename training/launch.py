@@ -126,13 +126,13 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
         return Result(start.folder, start.history, start.dataset)
     if recipe.dataset.direct and not recipe.most_workers:
         return Result(
-            start.folder, _train_here(recipe, start, _plan(recipe, start.dataset, stop), console), start.dataset
+            start.folder, _train_here(recipe, start, planned(recipe, start.dataset, stop), console), start.dataset
         )
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # other nodes may leave
-    trainer = _trainer(recipe, start, _plan(recipe, start.dataset, stop), queue, _use_gpu(recipe, console))
+    trainer = _trainer(recipe, start, planned(recipe, start.dataset, stop), queue, _use_gpu(recipe, console))
     with Progress(recipe, console) as progress:
         try:
             returned = _fit(trainer, queue, progress)
@@ -197,7 +197,7 @@ def _prepare(recipe: Recipe, console: Console) -> Start:
     return Start(folder, dataset, step, history)
 
 
-def _plan(recipe: Recipe, dataset: Dataset, stop: int) -> Plan:
+def planned(recipe: Recipe, dataset: Dataset, stop: int) -> Plan:
     """Return the order of reading from step 0 to `stop`."""
     probe_group = recipe.probe_batch // recipe.groups
     row_bytes = math.prod(recipe.dataset.shape) * (2 if recipe.dataset.direct else 1)  # float16, uint8
