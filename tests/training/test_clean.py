@@ -266,10 +266,10 @@ def test_what_is_not_there_is_refused(data, run, tmp_path):
 def write_predictions(out: str, data: str, split: str, keep_all: bool = True) -> dict[int, list[float] | None]:
     """Made-up predictions of shards, as training.predict writes them; the probabilities by id."""
     images = open_images(data, split, 256)
-    ids = [id_ for id_, _, _ in images.read(images.rows)]
+    ids = [each.id for each in images.read(images.rows)]
     probabilities: list = np.random.default_rng(1).dirichlet(np.ones(CLASSES), len(ids)).astype(np.float32).tolist()
     probabilities[4] = None  # an image that could not be decoded
-    about = Predictions("model", images.digest, split, len(ids), images.class_names, 1, keep_all)
+    about = Predictions("model", images.digest, split, len(ids), images.index.class_names, 1, keep_all)
     for part in predictions.begin(out, about):
         rows = about.rows_of(part)
         columns = {

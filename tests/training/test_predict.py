@@ -271,7 +271,7 @@ def rewritten(folder: str, target: Path, change: Callable[[dict], object]) -> st
     ],
 )
 def test_a_model_that_cannot_be_rebuilt_is_refused(trained, digits, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(predict.compute, "join", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(predict.job.compute, "join", lambda **_: pytest.fail("Ray was started"))
     model = rewritten(trained.folder, tmp_path / "model.safetensors", change)
     with pytest.raises(InputError, match=message) as refused:
         predict.predict(Request(model, str(digits), f"{tmp_path}/out"), quiet())

@@ -279,7 +279,7 @@ def test_what_no_retry_mends_is_not_tried_again_and_again(error, starts, tmp_pat
         raise error
 
     monkeypatch.setattr(loop, "_train", fail)
-    config = {"job": worker.Job(short(tmp_path), None, {}, (), str(tmp_path), None)}
+    config = {"job": loop.RayJob(short(tmp_path), None, (), str(tmp_path), None, {}, ())}
     for start in range(1, 4):
         with pytest.raises(type(error)):
             loop.train(config)
