@@ -56,6 +56,12 @@ class JobProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def along(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yield `tables`, a row an image, and tell of each that its images are done."""
+        for table in tables:
+            self.advance(len(table))
+            yield table
+
     def advance(self, count: int, note: str = "") -> None:
         """Tell that `count` more images are done; `note` follows the speed."""
         now, done = time.monotonic(), self.bar.tasks[0].completed + count

@@ -12,7 +12,7 @@ Shapes: N images of a batch, L = 1 + V looks at each, H×W pixels, D numbers of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -108,7 +108,8 @@ def embed(request: Request, console: Console | None = None) -> Index:
     done, shards = job.records(request.out, made_of), _shards(images)
     if done:
         console.print(f"{len(done):,} of {len(shards):,} shards are done in {request.out}", highlight=False)
-    _embed(request, images, network, how, {name: rows for name, rows in shards.items() if name not in done}, console)
+    left = {name: rows for name, rows in shards.items() if name not in done}
+    _embed(request, images, network, how, left, made_of, console)
     done = job.records(request.out, made_of)
     rejected = [each for name in shards for each in done[name]["rejected"]]
     write_rejected(rejected, request.out)
@@ -153,7 +154,13 @@ def _shards(images: Images) -> dict[str, range]:
 
 
 def _embed(
-    request: Request, images: Images, network: nn.Module, how: Made, left: dict[str, range], console: Console
+    request: Request,
+    images: Images,
+    network: nn.Module,
+    how: Made,
+    left: dict[str, range],
+    made_of: str,
+    console: Console,
 ) -> None:
     """Make the files of features that are `left`, as a Ray Data job."""
     if not left:
@@ -170,9 +177,10 @@ def _embed(
             **pool,
         )
     )
-    lengths, made_of, classes = [len(rows) for rows in left.values()], how.digest(images.digest), _classes(images)
+    lengths = [len(rows) for rows in left.values()]
+    classes = len(images.index.class_names) if images.index else 0
     with JobProgress(len(images.rows), len(images.rows) - sum(lengths), console) as progress:
-        blocks = _shown(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")), progress)
+        blocks = progress.along(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")))
         for name, table in zip(left, regrouped(blocks, lengths), strict=True):
             _put(request.out, name, made_of, table, how, classes)
 
@@ -190,10 +198,6 @@ def _put(out: str, name: str, made_of: str, table: pa.Table, how: Made, classes:
     job.put(out, record, lambda path: features.write_shard(path, usable, classes))
 
 
-def _classes(images: Images) -> int:
-    return len(images.index.class_names) if images.index else 0
-
-
 def _tasks(images: Images, left: dict[str, range], how: Made) -> list[pa.Table]:
     """Return the rows of the files that are `left`, in order, in tasks of one file each."""
     size = max(TASK_VIEWS // (1 + how.looks), 1)
@@ -202,12 +206,6 @@ def _tasks(images: Images, left: dict[str, range], how: Made) -> list[pa.Table]:
         for rows in left.values()
         for start in range(rows.start, rows.stop, size)
     ]
-
-
-def _shown(blocks: Iterator[pa.Table], progress: JobProgress) -> Iterator[pa.Table]:
-    for block in blocks:
-        progress.advance(len(block))
-        yield block
 
 
 class Embedder:

@@ -10,7 +10,7 @@ Shapes: N images of a batch, H×W pixels, C channels, K classes, T classes repor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -133,7 +133,7 @@ def _predict(
     )
     rejected, lengths = 0, [len(about.rows_of(part)) for part in left]
     with JobProgress(about.rows, about.rows - sum(lengths), console) as progress:
-        blocks = _shown(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")), progress)
+        blocks = progress.along(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")))
         for part, table in zip(left, predictions.regrouped(blocks, lengths), strict=True):
             rows = about.rows_of(part)
             if not np.array_equal(table["place"].to_numpy(), np.arange(rows.start, rows.stop)):
@@ -152,12 +152,6 @@ def _tasks(images: Images, about: Predictions, left: list[int]) -> list[pa.Table
             some = images.rows.slice(start, min(TASK_ROWS, rows.stop - start))
             tasks.append(some.append_column("place", pa.array(np.arange(start, start + len(some)))))
     return tasks
-
-
-def _shown(blocks: Iterator[pa.Table], progress: JobProgress) -> Iterator[pa.Table]:
-    for block in blocks:
-        progress.advance(len(block))
-        yield block
 
 
 class Predictor:
