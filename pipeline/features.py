@@ -151,7 +151,7 @@ class Embedded:
     inside: bool = False  # whether the rows are those of the fold, or the others
 
     def __len__(self) -> int:
-        return int(self.row_groups.sum())
+        return int(self._before(np.array(len(self.shards))))
 
     @property
     def row_groups(self) -> np.ndarray:

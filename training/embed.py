@@ -12,6 +12,7 @@ Shapes: N images of a batch, L = 1 + V looks at each, H×W pixels, D numbers of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from pipeline.custom import Custom
 from pipeline.dataset import InputError
 from pipeline.features import ROW_GROUP, Made, looks_of
 from pipeline.index import FEATURES, Index
-from pipeline.job import Device, JobProgress
+from pipeline.job import Device, JobProgress, Record
 from pipeline.predictions import regrouped
 from pipeline.shards import SHARD_ROWS, write_rejected
 from pipeline.unlabelled import Images, open_images
@@ -109,8 +110,7 @@ def embed(request: Request, console: Console | None = None) -> Index:
     if done:
         console.print(f"{len(done):,} of {len(shards):,} shards are done in {request.out}", highlight=False)
     left = {name: rows for name, rows in shards.items() if name not in done}
-    _embed(request, images, network, how, left, made_of, console)
-    done = job.records(request.out, made_of)
+    done |= _embed(request, images, network, how, left, made_of, console)
     rejected = [each for name in shards for each in done[name]["rejected"]]
     write_rejected(rejected, request.out)
     index = Index(
@@ -161,10 +161,10 @@ def _embed(
     left: dict[str, range],
     made_of: str,
     console: Console,
-) -> None:
-    """Make the files of features that are `left`, as a Ray Data job."""
+) -> dict[str, Record]:
+    """Make the files of features that are `left`, as a Ray Data job; return their records."""
     if not left:
-        return
+        return {}
     device, pool = job.network_actors(request.device, request.actors)
     answered = (
         ray.data.from_arrow(_tasks(images, left, how))
@@ -181,12 +181,12 @@ def _embed(
     classes = len(images.index.class_names) if images.index else 0
     with JobProgress(len(images.rows), len(images.rows) - sum(lengths), console) as progress:
         blocks = progress.along(job.unwrapped(answered.iter_batches(batch_size=None, batch_format="pyarrow")))
-        for name, table in zip(left, regrouped(blocks, lengths), strict=True):
-            _put(request.out, name, made_of, table, how, classes)
+        tables = zip(left, regrouped(blocks, lengths), strict=True)
+        return {name: _put(request.out, name, made_of, table, how, classes) for name, table in tables}
 
 
-def _put(out: str, name: str, made_of: str, table: pa.Table, how: Made, classes: int) -> None:
-    """Write one file of features, and its record."""
+def _put(out: str, name: str, made_of: str, table: pa.Table, how: Made, classes: int) -> Record:
+    """Write one file of features, and its record; return that."""
     unusable = pc.not_equal(table["rejected"], "")
     rejected = (
         table.filter(unusable)
@@ -195,7 +195,8 @@ def _put(out: str, name: str, made_of: str, table: pa.Table, how: Made, classes:
     )
     record = {"name": name, "made_of": made_of, "listed": len(table), "rejected": rejected.to_pylist()}
     usable = table.filter(pc.invert(unusable)).select(how.schema.names).cast(how.schema)
-    job.put(out, record, lambda path: features.write_shard(path, usable, classes))
+    written = job.put(out, record, lambda path: features.write_shard(path, usable, classes))
+    return json.loads(written["record"][0].as_py())
 
 
 def _tasks(images: Images, left: dict[str, range], how: Made) -> list[pa.Table]:

@@ -96,7 +96,6 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     """
     console = console or Console()
     subject, tables, judge = _evidence(options, console)
-    storage.require_writable(subject.folder)
     dataset = subject.dataset
     trusted_K = np.bincount(dataset.probe.label_N, minlength=len(dataset.class_names))
     findings = Findings(trusted_K, page.PER_CLASS, page.OVERALL, options.suggest)
@@ -142,6 +141,7 @@ def _evidence(options: Options, console: Console) -> tuple[Subject, Iterator[pa.
     dataset = run.load(options.data)
     steps = window(run, options.cycles, len(dataset.train))
     parts = whole_parts(run, steps)
+    storage.require_writable(run.folder)
     ends = [0, *run.schedule.ends]
     about = (
         f"{run.recipe['network']}; read from steps {steps.start:,} to {steps.stop:,}, "
@@ -164,10 +164,8 @@ def _evidence(options: Options, console: Console) -> tuple[Subject, Iterator[pa.
 
 def _of_heads(heads: Folds, data: str, console: Console) -> tuple[Subject, Iterator[pa.Table], Judge]:
     dataset = heads.images(data)
-    tables = (
-        reduce_visits(table.append_column("settled", pa.array(np.ones(len(table)))), len(dataset.class_names))
-        for table in heads.visits(console)
-    )
+    storage.require_writable(heads.url)
+    tables = (reduce_visits(table, len(dataset.class_names)) for table in heads.visits(console))
     return Subject(heads.url, dataset, bool(data), heads.told), tables, heads.trusted
 
 

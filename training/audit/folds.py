@@ -86,7 +86,7 @@ class Folds:
             raise InputError(f"{what}: give features and --data of the same images")
 
     def visits(self, console: Console) -> Iterator[pa.Table]:
-        """Yield what the heads say of all rows, as rows of a ledger without steps; all of an id are in one table.
+        """Yield what the heads say of all rows, as the audit reads visits; all of an id are in one table.
 
         Raises InputError for what cannot be trained.
         """
@@ -127,11 +127,9 @@ class Folds:
 
 
 def read(url: str) -> pa.Table:
-    """Return a file of `Folds.write`, with the columns settled and heads that the audit adds to a ledger's rows."""
-    fs, path = storage.connect(url)
-    rows = pq.read_table(pa.BufferReader(storage.read(fs, path)))
-    ones = np.ones(len(rows), np.float32)
-    return rows.append_column("settled", pa.array(ones)).append_column("heads", pa.array(ones > 0))
+    """Return a file of `Folds.write`, with the column that tells its rows from a run's."""
+    rows = pq.read_table(pa.BufferReader(storage.read(*storage.connect(url))))
+    return rows.append_column("heads", pa.array(np.ones(len(rows), bool)))
 
 
 class _Judge:
@@ -170,6 +168,7 @@ class _Judge:
         outcome: Outcome = self.recipe.objective(self.network, batch, moment, Alone())
         decided = outcome.coefficients
         columns = {
+            "settled": torch.ones(len(some)),  # all visits count alike
             "pseudo_label": decided.pseudo_label_B,
             "trust": decided.trust_B,
             "weight": decided.weight_B,
