@@ -59,7 +59,8 @@ class Request:
     out: str
     """Folder of the features: a local path or any fsspec URL."""
     views: int = 0
-    """Random views of each image that are embedded beside the plain one; consistency and mixup gain by 2."""
+    """Random views of each image that are embedded beside the plain one: with none, both views of a step are the plain
+    one, and the consistency loss is 0."""
     size: int = 0
     """Side of the square images that the network sees, px; 0: that of its weights."""
     crop: float = 0.0
