@@ -52,6 +52,14 @@ class Folds:
         """Return how the features were made. Raises InputError where they are images."""
         return features.made(self.index, self.url)
 
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Return the evaluation sets. Raises InputError where there are none."""
+        tests = tuple(split for split in self.index.splits if split not in ("train", "probe"))
+        if not tests:
+            raise InputError(f"{self.url} has no evaluation set, only train and probe: embed shards that have one")
+        return tests
+
     def recipe(self, fold: int) -> Recipe:
         """Return the run of the head that sees nothing of `fold`."""
         rows = self.index.count("train") * (self.folds - 1) // self.folds
@@ -59,7 +67,7 @@ class Folds:
         return replace(
             made,
             name=f"{self.method}-{fold}-of-{self.folds}",
-            dataset=Features(self.index.dataset, self.how.width, self.index.splits[2:], self.folds, fold),
+            dataset=Features(self.index.dataset, self.how.width, self.tests, self.folds, fold),
             data=self.url,
             storage=storage.join(self.url, FOLDER),
         )
@@ -73,7 +81,7 @@ class Folds:
     def images(self, data: str) -> Dataset:
         """Return the data set at `data` that the features were made of; that of the features where it is ""."""
         if not data:
-            return Features(self.index.dataset, self.how.width, self.index.splits[2:]).load(self.url, seed=0)
+            return Features(self.index.dataset, self.how.width, self.tests).load(self.url, seed=0)
         dataset = Sharded(self.index.dataset, evaluate=()).load(data, seed=0)
         self.require_same(dataset)
         return dataset

@@ -64,6 +64,16 @@ def test_every_row_is_judged_once_by_the_head_that_has_not_seen_it(features, hea
     assert set(labels["visits"].to_pylist()) == {3}
 
 
+def test_the_judge_s_accuracy_is_that_on_the_evaluation_set(heads, tmp_path):
+    """Whatever the order in which the index has its splits."""
+    assert heads.index.splits == ("probe", "test", "train")
+    assert heads.tests == heads.recipe(0).dataset.evaluate == ("test",)
+    assert heads.trusted()[1] > 0.95
+    write(tmp_path, counts={"train": 9, "probe": 6})
+    with pytest.raises(InputError, match="has no evaluation set, only train and probe"):
+        Folds(str(tmp_path), FOLDS, "winnow").images("")
+
+
 def test_wrong_labels_are_found_without_a_run(features):
     labels = pq.read_table(features / audit.LABELS).sort_by("id")
     true_N, label_N = true_of(COUNTS["train"]), labels["label"].to_numpy()
