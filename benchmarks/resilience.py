@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -265,10 +266,12 @@ def fill_disk(scene: Scene) -> str:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody uses now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a port that nobody uses now and no system hands out for itself: another process may take one of those."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)  # Linux hands out ports from 32768 on, others higher ones
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def find_warning(scene: Scene) -> str:

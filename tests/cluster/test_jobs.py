@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import psutil
 import pytest
 from safetensors.torch import load
 
+from benchmarks.resilience import free_port
 from tests.cluster.files import ROOT, read
 from tests.training.test_sharded import webvision
 from training.runs import checkpoint
@@ -36,17 +36,6 @@ TOKEN = "0123456789abcdef" * 2
 STEPS = 200
 CPUS = {"head": 0, "data": 2, "training": 2}  # training has one to spare, which no data actor may take
 PATIENCE = 180.0  # seconds
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @dataclass
@@ -107,7 +96,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(storage) -> Iterator[Cluster]:
     home = tempfile.mkdtemp(prefix="w", dir="/tmp")  # short: sockets lie below it
-    gcs, dashboard, client, *others = free_ports(5)
+    gcs, dashboard, client, *others = (free_port() for _ in range(5))
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
     environment |= {"HOME": home, "PATH": f"{home}/venv/bin:{os.environ['PATH']}", "RAY_HEAD_IP": "127.0.0.1"}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_metrics_report_interval_ms": "500"}
