@@ -47,7 +47,7 @@ def features(method: str, rows: int = 10_000) -> Recipe:
         network="linear",
         schedule=Schedule(lr=0.1, first_cycle=min(max(10 * rows // batch, 300), 2_000), cycles=1),
         batch=batch,
-        probe_batch=batch,
+        probe_batch=min(batch, 256),  # trusted images are few hundred
         group=batch // 4,
         workers=0,
     )

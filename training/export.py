@@ -60,6 +60,8 @@ def export(request: Request, console: Console | None = None) -> float:
     _require_packages()
     model = model_file.read(request.model)
     network = model.bare_network(torch.float32)
+    if model.source.direct:
+        network = nn.Sequential(_Normalised(), network).eval()
     properties = {"class_names": model.class_names, "preprocessing": preprocessing(model.source)}
     data = _to_onnx(network, model.source.shape, {name: json.dumps(value) for name, value in properties.items()})
     difference = _difference(network, data, model.source.shape)
@@ -88,6 +90,13 @@ def preprocessing(source: Source) -> dict[str, object]:
         "divide_by": 127.5,
         "subtract": 1.0,
     }
+
+
+class _Normalised(nn.Module):
+    """Take features as they are stored."""
+
+    def forward(self, feature_BCHW: torch.Tensor) -> torch.Tensor:
+        return normalised(feature_BCHW.permute(0, 2, 3, 1))
 
 
 def _require_packages() -> None:
@@ -123,7 +132,7 @@ def _difference(network: nn.Module, model: bytes, shape: tuple[int, int, int]) -
     rng = np.random.default_rng(0)
     worst = 0.0
     for size in CHECKED:
-        image_BCHW = normalised(torch.from_numpy(rng.integers(0, 256, (size, *shape), np.uint8)))
+        image_BCHW = torch.from_numpy(rng.uniform(-1, 1, (size, shape[2], *shape[:2])).astype(np.float32))
         with torch.inference_mode():
             expected_BK = network(image_BCHW).numpy()
         (logits_BK,) = session.run(["logits"], {"image": image_BCHW.contiguous().numpy()})

@@ -5,8 +5,11 @@ Shapes: B noisy examples of this worker, M probe examples, images H×W×C in sto
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.plan import Group, Purpose, key
@@ -15,9 +18,16 @@ from training.recipe import Recipe
 
 
 def normalised(image_NHWC: Tensor) -> Tensor:
-    """Map uint8 0…255 to float −1…1, N×C×H×W (channels last in memory); what is no uint8, such as features, stays."""
-    image_NCHW = image_NHWC.permute(0, 3, 1, 2).to(torch.get_default_dtype())
-    return image_NCHW.div_(127.5).sub_(1) if image_NHWC.dtype == torch.uint8 else image_NCHW
+    """Map images, uint8 0…255, to float −1…1, N×C×H×W (channels last in memory).
+
+    Of features, which are floats, each pixel is brought to mean 0 and norm 4 over its channels: so one learning rate,
+    that of networks from scratch, fits those of all networks.
+    """
+    image_NHWC, is_image = image_NHWC.to(torch.get_default_dtype()), image_NHWC.dtype == torch.uint8
+    if is_image:
+        return image_NHWC.permute(0, 3, 1, 2).div_(127.5).sub_(1)
+    channels = image_NHWC.shape[3:]
+    return F.layer_norm(image_NHWC, channels).mul_(4 / math.prod(channels) ** 0.5).permute(0, 3, 1, 2)
 
 
 def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.device) -> Batch:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.objectives.losses import Affine
+
 Norm = Callable[[int], nn.Module]
 
 
@@ -176,19 +178,11 @@ def vgg13(channels: int, classes: int) -> nn.Module:
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
-class Norm4(nn.Module):
-    """Bring each example to mean 0 and norm 4, so that one learning rate, that of networks from scratch, fits all."""
-
-    def forward(self, feature_BD: Tensor) -> Tensor:
-        """Map B×D to B×D."""
-        return 4 / feature_BD.shape[1] ** 0.5 * F.layer_norm(feature_BD, feature_BD.shape[1:])
-
-
 def head(hidden: int, features: int, classes: int) -> nn.Module:
     """Build a linear layer on stored features, after `hidden` units with ReLU where there are any."""
-    layers = [nn.Flatten(), Norm4()]
-    layers += [nn.Linear(features, hidden), nn.ReLU()] if hidden else []
-    return nn.Sequential(*layers, nn.Linear(hidden or features, classes))
+    if not hidden:
+        return nn.Sequential(nn.Flatten(), Affine(features, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
 SMALL_IMAGES = {"densenet100": densenet100, "vgg13": vgg13}

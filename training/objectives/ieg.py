@@ -16,6 +16,7 @@ from training.objectives.interface import Alone, Batch, Coefficients, Moment, Ob
 from training.objectives.losses import (
     cross_entropy,
     forward_aside,
+    is_affine,
     kl_divergence,
     logit_norm,
     mixed_pass,
@@ -114,9 +115,7 @@ class Ieg(Objective):
         moves_all = self.engine == "forward" and self.meta_scope == "all"
         with Recorded(keeps=moves_all) as recorded:
             weak_BK = model(batch.weak_BCHW)
-        needs_strong = self.relabel or self.mixup != "off" or self.kl > 0
-        with torch.set_grad_enabled(self.kl > 0):
-            strong_BK = forward_aside(model, batch.strong_BCHW) if needs_strong else weak_BK
+        strong_BK = self._strong_logits(model, batch, weak_BK)
         given_BK = one_hot(batch.label_B, weak_BK)
         sharp_BK, pseudo_BK, pace = self._pseudo_labels(weak_BK.detach(), strong_BK.detach(), given_BK, workers)
         confidence_B, pseudo_label_B = sharp_BK.max(1)
@@ -148,7 +147,8 @@ class Ieg(Objective):
         if self.mixup != "off":
             total = settled(total, model)  # the joint pass is the largest: let it be alone in memory
             label_BK = self._mixup_labels(weight_B, given_BK, pseudo_BK, workers)
-            parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers)
+            views = (weak_BK, strong_BK)
+            parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers, views)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
 
         loss_B = F.cross_entropy(weak_BK.detach(), batch.label_B, reduction="none")
@@ -158,6 +158,13 @@ class Ieg(Objective):
             Coefficients(weight_B, trust_B, pseudo_label_B, confidence_B, loss_B),
             weak_BK.detach().softmax(1),
         )
+
+    def _strong_logits(self, model: nn.Module, batch: Batch, weak_BK: Tensor) -> Tensor:
+        """Return logits of the strong views, B×K, or those of the weak ones where none are needed."""
+        if not self.relabel and self.mixup == "off" and not self.kl:
+            return weak_BK
+        with torch.set_grad_enabled(self.kl > 0 or is_affine(model)):  # whose logits are mixed
+            return forward_aside(model, batch.strong_BCHW)
 
     def _pseudo_labels(
         self, weak_BK: Tensor, strong_BK: Tensor, given_BK: Tensor, workers: Workers
@@ -207,10 +214,10 @@ class Ieg(Objective):
         return weight_B, trust_B
 
     def _mixup_losses(
-        self, model: nn.Module, batch: Batch, label_BK: Tensor, workers: Workers
+        self, model: nn.Module, batch: Batch, label_BK: Tensor, workers: Workers, views: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return (L_β^p, L_β^u) (step 5, eq. 9)."""
-        mixed = mixed_pass(model, batch, label_BK, fold=self.fold_beta, mixes=self.mixup == "on")
+        mixed = mixed_pass(model, batch, label_BK, fold=self.fold_beta, mixes=self.mixup == "on", views=views)
         logits = [mixed.probe_logits, mixed.noisy_logits]
         if self.logit_norm:
             logits = logit_norm(logits, workers)

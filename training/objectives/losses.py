@@ -85,8 +85,11 @@ class _Settled(torch.autograd.Function):
 def settled(loss: Tensor, model: nn.Module) -> Tensor:
     """Return the loss with its gradients in the model's parameters, its backward pass done, its graph freed.
 
-    What is forwarded next then finds the memory of these activations free.
+    What is forwarded next then finds the memory of these activations free. An affine network has none: its loss is
+    returned as it is, and the graphs of its logits stay.
     """
+    if is_affine(model):
+        return loss
     parameters = [value for value in model.parameters() if value.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return _Settled.apply(loss.detach(), *parameters, *gradients)
@@ -164,27 +167,52 @@ class Mixed:
     noisy_target: Tensor
 
 
+class Affine(nn.Linear):
+    """Be a network's only layer but `nn.Flatten`."""
+
+
+def is_affine(model: nn.Module) -> bool:
+    """Tell whether a network's logits of a mixture are the mixture of its logits."""
+    return any(isinstance(module, Affine) for module in model.children())
+
+
 def mixed_pass(
-    model: nn.Module, batch: Batch, label_BK: Tensor, *, alpha: float = 0.5, fold: bool = True, mixes: bool = True
+    model: nn.Module,
+    batch: Batch,
+    label_BK: Tensor,
+    *,
+    alpha: float = 0.5,
+    fold: bool = True,
+    mixes: bool = True,
+    views: Sequence[Tensor] = (),
 ) -> Mixed:
     """Pass once, aside, over the pool [probe | weak | strong] of each group, each row mixed with another (eq. 9).
 
-    `label_BK` are the targets of both views of the noisy examples.
+    `label_BK` are the targets of both views of the noisy examples. Of an affine network the logits are mixed instead:
+    those of both views, which may be known already, with their graphs, as `views`.
     """
     n = len(batch.group_keys)
 
     def grouped(probe: Tensor, weak: Tensor, strong: Tensor) -> Tensor:
         return torch.cat([x.reshape(n, -1, *x.shape[1:]) for x in (probe, weak, strong)], 1)
 
-    image_nRCHW = grouped(batch.probe_MCHW, batch.weak_BCHW, batch.strong_BCHW)
+    mixes_logits = is_affine(model)
+    seen = (batch.probe_MCHW, batch.weak_BCHW, batch.strong_BCHW)
+    if mixes_logits:
+        weak_BK, strong_BK = views or [forward_aside(model, view_BCHW) for view_BCHW in seen[1:]]
+        seen = (forward_aside(model, batch.probe_MCHW), weak_BK, strong_BK)
+    pool_nR = grouped(*seen)  # images C×H×W, or logits K
     target_nRK = grouped(one_hot(batch.probe_label_M, label_BK), label_BK, label_BK)
-    rows, probes = image_nRCHW.shape[1], len(batch.probe_label_M) // n
+    rows, probes = pool_nR.shape[1], len(batch.probe_label_M) // n
     if mixes:
         draws = batch.drawn or pool_draws(batch, alpha=alpha, fold=fold)
-        image_nRCHW, target_nRK = mix(image_nRCHW, *draws), mix(target_nRK, *draws)
-    # Mixing has laid the images out channel by channel; all others are stored channels last, as convolutions like it.
-    image_NCHW = image_nRCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    logits_nRK = forward_aside(model, image_NCHW).unflatten(0, (n, rows))
+        pool_nR, target_nRK = mix(pool_nR, *draws), mix(target_nRK, *draws)
+    if mixes_logits:
+        logits_nRK = pool_nR
+    else:
+        # Mixing has laid the images out channel by channel; all others are stored channels last, as convolutions like.
+        image_NCHW = pool_nR.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        logits_nRK = forward_aside(model, image_NCHW).unflatten(0, (n, rows))
     of_probe, of_noisy = slice(probes), slice(probes, None)
     return Mixed(
         logits_nRK[:, of_probe].flatten(0, 1),

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.autograd.forward_ad import dual_level
 
+from tests.training.conftest import build_problem
 from training.engine import networks
 from training.objectives.ieg import Ieg, paper, reference
 from training.objectives.interface import Alone
 from training.objectives.losses import (
     cross_entropy,
     forward_aside,
+    is_affine,
     kl_divergence,
     logit_norm,
     mix,
@@ -564,3 +567,23 @@ def test_mix_stays_within_the_group(trailing):
         for r in range(3):
             expected = beta[g, r] * x[g, r] + (1 - beta[g, r]) * x[g, partner[g, r]]
             torch.testing.assert_close(mixed[g, r], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "last block" not in name])
+def test_of_an_affine_network_logits_may_be_mixed_instead_of_images(name):
+    said = build_problem("linear", size=1)
+    layer = nn.Linear(said.model[1].in_features, said.batch.classes, dtype=torch.float64)
+    layer.load_state_dict(said.model[1].state_dict())
+    unsaid = replace(said, model=nn.Sequential(nn.Flatten(), layer))
+    assert is_affine(said.model)
+    assert not is_affine(unsaid.model)
+    outcomes, gradients = [], []
+    for problem in (said, unsaid):
+        outcome, gradient = call(EVERY[name], posed(name, problem))
+        outcomes.append(outcome)
+        gradients.append(list(gradient.values()))
+    torch.testing.assert_close(outcomes[0].parts, outcomes[1].parts, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-13)
+    for column in ("weight_B", "trust_B", "loss_B"):
+        found, expected = (getattr(outcome.coefficients, column) for outcome in outcomes)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
