@@ -38,14 +38,17 @@ def features(method: str, rows: int = 10_000) -> Recipe:
     python -m pipeline.embed gs://b/mine --network resnet50.a1_in1k --weights pretrained --out gs://b/features
     python training/custom.py --variant features --data gs://b/features
 
-    `rows` is how many training images there are, about: the run has ten epochs, but 300 to 2,000 steps.
+    `rows` is how many training images there are, about: the run has ten epochs, but 600 to 2,000 steps.
+    p and rate were chosen on CIFAR-10 with human labels, seed 0.
     """
     batch = 128 if rows < 100_000 else 1024
+    made = recipe(method)
     return replace(
-        recipe(method),
+        made,
         name="features",
+        objective=tuned(made.objective, p=20, kl=4),
         network="linear",
-        schedule=Schedule(lr=0.1, first_cycle=min(max(10 * rows // batch, 300), 2_000), cycles=1),
+        schedule=Schedule(lr=0.05, first_cycle=min(max(10 * rows // batch, 600), 2_000), cycles=1),
         batch=batch,
         probe_batch=min(batch, 256),  # trusted images are few hundred
         group=batch // 4,

@@ -55,6 +55,11 @@ def quality(probability_N: np.ndarray, classes: int) -> np.ndarray:
     return probability_N / (probability_N + (1 - probability_N) / (classes - 1))
 
 
+def probability(quality_N: np.ndarray, classes: int) -> np.ndarray:
+    """Return the probability that has this `quality`: as it stands for a judge that knows the noise."""
+    return quality_N / (quality_N + (1 - quality_N) * (classes - 1))
+
+
 def reduce_visits(visits: pa.Table, classes: int) -> pa.Table:
     """Return a table of SCHEMA with one row per id, in the ids' order, from all visits of those ids, in any order.
 

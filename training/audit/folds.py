@@ -1,7 +1,8 @@
 """Judge every label by heads on stored features that have never seen it: one head a fold, trained on all other rows.
 
-Judging is a step of the method without its update: what ω, λ and pseudo label the finished head gives rows it was not
-trained on, beside the trusted images, and how probable it holds their labels. Each look at an image is a visit.
+ω and λ are those of a step of the method without its update, beside the trusted images, one visit for each look at an
+image. How probable labels are, and which class is the likeliest other one, is told by the head's answers, their mean
+over the looks, and by how annotators confuse the classes (`training.audit.confusion`).
 
 Shapes: N rows, L looks at each, M trusted rows, K classes, D numbers of an embedding.
 """
@@ -24,14 +25,17 @@ from pipeline.features import Embedded, Features
 from pipeline.index import Index, Sharded, read_index
 from pipeline.plan import Purpose, generator, key, probe_rows
 from training import custom
+from training.audit.confusion import Confusion, learned
+from training.audit.evidence import probability
 from training.engine.batch import normalised
 from training.launch import run
-from training.objectives.interface import Alone, Batch, Moment, Outcome
+from training.objectives.interface import Alone, Batch, Coefficients, Moment, Outcome
 from training.recipe import Recipe
 from training.runs import checkpoint, model_file
 
 FOLDER = "audit/heads"  # of the heads' own runs, below the features
 CHUNK = 1 << 14  # rows read at once
+LEAST = 1e-30  # probability
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,28 @@ class Folds:
 
         Raises InputError for what cannot be trained.
         """
+        judges = []
         for fold in range(self.folds):
-            recipe, held = self.recipe(fold), self.held_out(fold)
-            result = run(recipe, console)
-            judge = _Judge(recipe, model_file.read(result.folder).network(), result.dataset)
+            result = run(self.recipe(fold), console)
+            judges.append(_Judge(self.recipe(fold), model_file.read(result.folder).network(), result.dataset))
+        confused = self._confusion(judges)
+        for fold, judge in enumerate(judges):
+            held = self.held_out(fold)
             for start in range(0, len(held), CHUNK):
                 some = np.arange(start, min(start + CHUNK, len(held)))
                 # Mixed, as in training: methods judge answers by the average of those beside them.
-                yield judge(held.take(generator(recipe.seed, Purpose.ORDER, start).permutation(some)), start)
+                rows = generator(judge.recipe.seed, Purpose.ORDER, start).permutation(some)
+                yield judge(held.take(rows), start, confused)
+
+    def _confusion(self, judges: list[_Judge]) -> Confusion:
+        # What the heads' answers to the first rows of each fold, a chunk of all, say of the labels.
+        logits, labels = [], []
+        for fold, judge in enumerate(judges):
+            held = self.held_out(fold)
+            first = held.take(np.arange(min(CHUNK // self.folds, len(held))))
+            logits.append(judge.logits(first))
+            labels.append(torch.from_numpy(first.label_N))
+        return learned(torch.cat(logits), torch.cat(labels))
 
     def write(self, console: Console) -> list[tuple[str, int]]:
         """Write the visits as files beside the heads; return their paths and numbers of rows."""
@@ -149,16 +167,25 @@ class _Judge:
         # What an objective remembers of rows it was trained on says nothing of these.
         self.memory = recipe.objective.memory(network, 1, self.classes)
 
-    def __call__(self, held: Examples, first: int) -> pa.Table:
+    def logits(self, held: Examples) -> torch.Tensor:
+        """Return the head's answers to some rows, the mean over their looks, N×K float64."""
+        looks = range(held.image_N.shape[2])
+        with torch.no_grad():
+            return torch.stack([self.network(_one(held, look)).double() for look in looks]).mean(0)
+
+    def __call__(self, held: Examples, first: int, confused: Confusion) -> pa.Table:
         """Return the visits of some rows, of which the first is row `first` of their fold."""
+        class_NK = confused.posterior(self.logits(held), torch.from_numpy(held.label_N)).numpy()
         tables = []
         for start in range(0, len(held), self.recipe.batch):
-            some = held.take(np.arange(start, min(start + self.recipe.batch, len(held))))
-            looks = some.image_N.shape[2]
-            tables += [self._look(some, first + start, look, (look + 1) % looks) for look in range(looks)]
+            rows = np.arange(start, min(start + self.recipe.batch, len(held)))
+            some, looks = held.take(rows), held.image_N.shape[2]
+            for look in range(looks):
+                decided = self._decided(some, first + start, look, (look + 1) % looks)
+                tables.append(_visits(some, class_NK[rows], decided))
         return pa.concat_tables(tables)
 
-    def _look(self, some: Examples, number: int, weak: int, strong: int) -> pa.Table:
+    def _decided(self, some: Examples, number: int, weak: int, strong: int) -> Coefficients:
         rows = probe_rows(self.probe.label_N, self.recipe.probe_batch, self.recipe.seed, number)
         trusted = self.probe.take(rows)
         batch = Batch(
@@ -174,18 +201,25 @@ class _Judge:
         steps = self.recipe.schedule.steps
         moment = Moment(self.recipe.schedule.lr, step=steps - 1, steps=steps, memory=self.memory)
         outcome: Outcome = self.recipe.objective(self.network, batch, moment, Alone())
-        decided = outcome.coefficients
-        columns = {
-            "settled": torch.ones(len(some)),  # all visits count alike
-            "pseudo_label": decided.pseudo_label_B,
-            "trust": decided.trust_B,
-            "weight": decided.weight_B,
-            "confidence": decided.confidence_B,
-            "loss": decided.loss_B,
-        }
-        return pa.table(
-            {"id": some.id_N, "label": some.label_N, **{name: column.numpy() for name, column in columns.items()}}
-        )
+        return outcome.coefficients
+
+
+def _visits(some: Examples, class_NK: np.ndarray, decided: Coefficients) -> pa.Table:
+    # One of each row: the label's probability as `quality` takes it, and the likeliest of the other classes.
+    row_N, classes = np.arange(len(some)), class_NK.shape[1]
+    right_N, other_NK = class_NK[row_N, some.label_N], class_NK.copy()
+    other_NK[row_N, some.label_N] = -1
+    columns = {
+        "id": some.id_N,
+        "label": some.label_N,
+        "settled": np.ones(len(some), np.float32),  # all visits count alike
+        "pseudo_label": other_NK.argmax(1),
+        "trust": decided.trust_B.numpy(),
+        "weight": decided.weight_B.numpy(),
+        "confidence": other_NK.max(1),
+        "loss": -np.log(np.maximum(probability(right_N, classes), LEAST)),
+    }
+    return pa.table(columns)
 
 
 def _one(held: Examples, look: int) -> torch.Tensor:

@@ -20,14 +20,16 @@ from training.recipe import Recipe
 def normalised(image_NHWC: Tensor) -> Tensor:
     """Map images, uint8 0…255, to float −1…1, N×C×H×W (channels last in memory).
 
-    Of features, which are floats, each pixel is brought to mean 0 and norm 4 over its channels: so one learning rate,
-    that of networks from scratch, fits those of all networks.
+    Of features, which are floats, channels keep their sign and the root of their size, as pooled activations are skewed
+    (Perronnin et al. 2010, §3.2), and each pixel is brought to mean 0 and norm 4 over them: so one learning rate, that
+    of networks from scratch, fits those of all networks.
     """
     image_NHWC, is_image = image_NHWC.to(torch.get_default_dtype()), image_NHWC.dtype == torch.uint8
     if is_image:
         return image_NHWC.permute(0, 3, 1, 2).div_(127.5).sub_(1)
     channels = image_NHWC.shape[3:]
-    return F.layer_norm(image_NHWC, channels).mul_(4 / math.prod(channels) ** 0.5).permute(0, 3, 1, 2)
+    root_NHWC = image_NHWC.sign() * image_NHWC.abs().sqrt()
+    return F.layer_norm(root_NHWC, channels).mul_(4 / math.prod(channels) ** 0.5).permute(0, 3, 1, 2)
 
 
 def assemble(held: list[Group], recipe: Recipe, classes: int, device: torch.device) -> Batch:
