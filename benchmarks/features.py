@@ -33,7 +33,7 @@ from rich.console import Console
 
 from pipeline import features, storage
 from pipeline.features import Made
-from pipeline.index import FEATURES, NAME, Index
+from pipeline.index import FEATURES, NAME, Index, Shard
 from pipeline.shards import SHARD_ROWS
 from pipeline.stream import groups_here
 from training import custom
@@ -65,6 +65,27 @@ class Settings:
     """Of the run."""
 
 
+def table(how: Made, split: str, id_N: np.ndarray, label_N: np.ndarray, looks_NLD: np.ndarray) -> pa.Table:
+    """Return a file of features, N×L×D, as `pipeline.embed` makes it."""
+    columns = {
+        "id": id_N,
+        "key": [str(id_) for id_ in id_N],
+        "label": label_N.astype(np.int32),
+        "split": [split] * len(id_N),
+        "trusted": np.full(len(id_N), split != "train"),
+    }
+    for look, name in enumerate(how.columns):
+        values = pa.array(np.ascontiguousarray(looks_NLD[:, look], np.float16).ravel())
+        columns[name] = pa.FixedSizeListArray.from_arrays(values, how.width)
+    return pa.table(columns).cast(how.schema)
+
+
+def write_index(folder: str, how: Made, names: tuple[str, ...], shards: list[Shard]) -> None:
+    """Write what names the files in `folder`."""
+    made = Index("custom", "0", names, tuple(shards), 0, {FEATURES: asdict(how)}, features.ROW_GROUP)
+    storage.write(*storage.connect(f"{folder}/{NAME}"), made.as_json().encode())
+
+
 def write(folder: str, rows: int, width: int) -> None:
     """Write the features and their index into `folder`."""
     how = Made("made_up", "0" * 64, 224, 0.875, "bicubic", width, 0, 0)
@@ -77,21 +98,13 @@ def write(folder: str, rows: int, width: int) -> None:
             true_N = rng.integers(0, CLASSES, size)
             wrong_N = (split == "train") & (rng.random(size) < NOISE)
             label_N = np.where(wrong_N, (true_N + rng.integers(1, CLASSES, size)) % CLASSES, true_N)
-            value_ND = (centre_KD[true_N] + rng.standard_normal((size, width), np.float32)).astype(np.float16)
-            columns = {
-                "id": first + np.arange(size),
-                "key": [str(number) for number in range(first, first + size)],
-                "label": label_N.astype(np.int32),
-                "split": [split] * size,
-                "trusted": np.full(size, split != "train"),
-                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(value_ND.ravel()), width),
-            }
-            name = f"{split}-{number:05d}-of-{files:05d}.parquet"
-            shards.append(features.write_shard(f"{folder}/{name}", pa.table(columns).cast(how.schema), CLASSES))
+            value_ND = centre_KD[true_N] + rng.standard_normal((size, width), np.float32)
+            held = table(how, split, first + np.arange(size), label_N, value_ND[:, None])
+            shard = features.write_shard(f"{folder}/{split}-{number:05d}-of-{files:05d}.parquet", held, CLASSES)
+            assert shard
+            shards.append(shard)
             first += size
-    names = tuple(f"class {k}" for k in range(CLASSES))
-    made = Index("custom", "0", names, tuple(s for s in shards if s), 0, {FEATURES: asdict(how)}, features.ROW_GROUP)
-    storage.write(*storage.connect(f"{folder}/{NAME}"), made.as_json().encode())
+    write_index(folder, how, tuple(f"class {k}" for k in range(CLASSES)), shards)
 
 
 def recipe(folder: str, settings: Settings) -> Recipe:

