@@ -108,7 +108,7 @@ class Sample:
 def cifar(data: str, noise: str, seed: int) -> Sample:
     """Return CIFAR-10, 4,000 training images at 16 px."""
     added = Noise("labels", source=f"{data}/{WORST}") if noise == HUMAN else Noise("uniform", 0.8)
-    dataset = small(data, added, "winnow", seed, 0, "").dataset.load(data, seed)
+    dataset = small(data, added, "winnow", seed, 1, "").dataset.load(data, seed)
     test = dataset.tests["test"]
     parts = {"train": dataset.train, "probe": dataset.probe, "test": test.take(np.arange(TEST))}
     held = {split: part for split, part in parts.items() if isinstance(part, Examples)}
