@@ -6,7 +6,9 @@
 
 By what a run has learned; by stored features, without a run: heads are trained on them, and each label is judged by one
 that has not seen it; or by both. All is written into the folder audit/ of the run, or of the features, with suggest.csv
-where images to check are asked for. The columns of labels.parquet are those of `training.audit.evidence.SCHEMA`.
+where images to check are asked for. With features the page also has look-alikes, outliers and a map, and
+neighbours.parquet tells of every image which one is next to it and how alone it is. The columns of both files are those
+of `training.audit.evidence.SCHEMA` and `training.audit.neighbours.SCHEMA`.
 
 Shapes: N images, K classes.
 """
@@ -32,17 +34,21 @@ from rich.console import Console
 from pipeline import storage
 from pipeline.census import census
 from pipeline.dataset import Dataset, InputError
+from pipeline.features import Embedded
 from pipeline.keyed import TASK_ROWS, reduce_by_key
 from training.audit import folds, page
 from training.audit.evidence import SCHEMA, Findings, reduce_visits, settled
 from training.audit.folds import Folds
+from training.audit.neighbours import Neighbours, around
 from training.engine.schedule import Schedule
 from training.launch import guarded
 from training.objectives.registry import METHODS
 from training.runs import checkpoint, ledger
 from training.runs.finished import Run
 
-LABELS, PAGE, SUGGESTIONS = "audit/labels.parquet", "audit/audit.html", "audit/suggest.csv"  # in the run's folder
+# In the folder of the run, or of the features.
+LABELS, PAGE, SUGGESTIONS = "audit/labels.parquet", "audit/audit.html", "audit/suggest.csv"
+NEIGHBOURS = "audit/neighbours.parquet"
 EPOCHS = 3  # visits of an image, at least, that are read where no number of cycles is asked for
 FOOTER = 1 << 16  # bytes at the end of a part, in which its number of rows is
 READERS = 16  # requests to storage at once
@@ -87,6 +93,7 @@ class Subject:
     dataset: Dataset  # of features, where no images are given
     pictures: bool
     about: str  # the network and the evidence, for the page
+    features: Embedded | None = None  # of the training images
 
 
 def audit(options: Options, console: Console | None = None) -> Findings:
@@ -102,17 +109,20 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     write_labels(subject.folder, tables, findings)
     console.print(f"{subject.folder}/{LABELS}: {_summary(findings)}", highlight=False, soft_wrap=True)
 
-    shown = page.shown(findings)
+    neighbours = around(subject.features) if subject.features else None
+    if neighbours:
+        write_neighbours(subject.folder, neighbours)
     suggested = findings.suggested()
-    found = census(dataset.train, dataset.probe, np.concatenate([shown["id"].to_numpy(), suggested["id"].to_numpy()]))
+    ids = page.shown(findings, neighbours) + suggested["id"].to_pylist()
+    found = census(dataset.train, dataset.probe, np.array(ids, np.int64))
     noisy = found.filter(pc.invert(found["trusted"]))
     row_of = dict(zip(noisy["id"].to_pylist(), noisy["row"].to_pylist(), strict=True))
-    if missing := set(shown["id"].to_pylist() + suggested["id"].to_pylist()) - row_of.keys():
+    if missing := set(ids) - row_of.keys():
         raise InputError(
             f"the evidence of {subject.folder} has id {min(missing)}, which {options.data or 'the data set'} has not: "
             "it is of other images; copy it again, or give their --data"
         )
-    write_page(subject, *judge(), findings, found, row_of)
+    write_page(subject, *judge(), findings, found, row_of, neighbours)
     console.print(f"{subject.folder}/{PAGE} written", highlight=False, soft_wrap=True)
     if options.suggest:
         names = dataset.train.names(np.array([row_of[id_] for id_ in suggested["id"].to_pylist()]))
@@ -156,7 +166,7 @@ def _evidence(options: Options, console: Console) -> tuple[Subject, Iterator[pa.
     tables = reduced(run, steps, parts, judged)
     pictures = not run.model.source.direct
     return (
-        Subject(run.folder, dataset, pictures, about),
+        Subject(run.folder, dataset, pictures, about, heads.rows if heads else None),
         tables,
         lambda: (run.model.probabilities(dataset.probe), accuracy),
     )
@@ -166,7 +176,7 @@ def _of_heads(heads: Folds, data: str, console: Console) -> tuple[Subject, Itera
     dataset = heads.images(data)
     storage.require_writable(heads.url)
     tables = (reduce_visits(table, len(dataset.class_names)) for table in heads.visits(console))
-    return Subject(heads.url, dataset, bool(data), heads.told), tables, heads.trusted
+    return Subject(heads.url, dataset, bool(data), heads.told, heads.rows), tables, heads.trusted
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
@@ -310,10 +320,11 @@ def write_page(
     findings: Findings,
     found: pa.Table,
     row_of: dict[int, int],
+    neighbours: Neighbours | None,
 ) -> None:
     """Write audit.html; `found` is the census and `row_of` where the shown images are."""
     dataset = subject.dataset
-    ids = page.shown(findings)["id"].to_pylist()
+    ids = page.shown(findings, neighbours)
     images: dict[int, np.ndarray] = {}
     if subject.pictures:
         held = dataset.train.take(np.array([row_of[id_] for id_ in ids]))
@@ -334,8 +345,25 @@ def write_page(
         disputed_images=disputed_images,
         torn=torn,
         torn_images=torn_images,
+        neighbours=neighbours,
+        map_suspect_P=_suspects(subject.folder, neighbours.map_id_P) if neighbours else None,
     )
     _write(subject.folder, PAGE, page.render(report))
+
+
+def write_neighbours(folder: str, neighbours: Neighbours) -> None:
+    """Write neighbours.parquet."""
+    file = pa.BufferOutputStream()
+    pq.write_table(neighbours.table, file, compression="zstd")
+    fs, path = storage.connect(folder)
+    storage.write(fs, storage.join(path, NEIGHBOURS), file.getvalue().to_pybytes())
+
+
+def _suspects(folder: str, id_P: np.ndarray) -> np.ndarray:
+    # Which of these are suspect, as labels.parquet has it.
+    fs, path = storage.connect(storage.join(folder, LABELS))
+    rows = pq.read_table(pa.BufferReader(storage.read(fs, path)), columns=["id", "suspect"])
+    return np.isin(id_P, rows.filter(rows["suspect"])["id"].to_numpy())
 
 
 def _disputed(subject: Subject, probability_MK: np.ndarray) -> tuple[list[page.Judged], int]:

@@ -137,6 +137,11 @@ class Folds:
             written.append((name, len(table)))
         return written
 
+    @property
+    def rows(self) -> Embedded:
+        """Return the rows of all folds."""
+        return Embedded(self.index.of(self.url, "train"), self.how.columns)
+
     def held_out(self, fold: int) -> Embedded:
         """Return the rows of a fold."""
         return Embedded(self.index.of(self.url, "train"), self.how.columns, self.folds, fold, inside=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.audit.evidence import HISTOGRAMS, Findings
+from training.audit.neighbours import SIDE, Neighbours
 
 TILE = 192  # px a side of a thumbnail: 98 px on the page, sharp on a display of twice the density too
 COARSE = 20  # px: smaller images are shown pixel by pixel
@@ -24,6 +25,8 @@ MAP_CLASSES, BESIDE_CLASSES = 24, 12  # the most that a confusion map has room f
 SHOWN_CLASSES = 20  # of more, those with the most wrong labels get a gallery and a line at once
 PER_CLASS, OVERALL = 10, 20  # images of a gallery
 CONFUSIONS = 10  # lines
+PAIRS = 10
+COLOURED = 20  # the most classes that colours on the map tell apart
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Report:
     disputed_images: int  # how many there are in all
     torn: Sequence[tuple[np.ndarray | None, tuple[str, ...]]]  # images stored under several labels, and these
     torn_images: int  # how many there are in all
+    neighbours: Neighbours | None = None  # where there are features
+    map_suspect_P: np.ndarray | None = None  # which points of their map are suspect
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def render(report: Report) -> str:
         more_classes=classes[SHOWN_CLASSES:],
         suspects=suspects,
         left_out=int((findings.suspect_K > 0).sum()) - len(suspects),
-        others=[_hardest(report), _disputed(report), _torn(report)],
+        others=[_hardest(report), _disputed(report), _torn(report), *_neighbours(report)],
+        map=_map(report),
     )
 
 
@@ -195,12 +201,48 @@ def _classes(findings: Findings, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+def _map(report: Report) -> dict[str, Any] | None:
+    """Return strokes of the map of features: its points by given label, and by suspicion."""
+    around = report.neighbours
+    if around is None or report.map_suspect_P is None:
+        return None
+    largest = np.argsort(-report.findings.count_K, kind="stable")[:COLOURED]
+    classes = [
+        {
+            "name": report.class_names[k],
+            "colour": f"hsl({360 * place / len(largest):.0f} {70 - 25 * (place % 2)}% {42 + 16 * (place % 3 - 1)}%)",
+            "path": _points(around.map_P2[around.map_label_P == k]),
+        }
+        for place, k in enumerate(largest)
+    ]
+    suspect_P = report.map_suspect_P
+    return {
+        "side": f"{SIDE:.0f}",
+        "points": f"{len(suspect_P):,}",
+        "classes": classes,
+        "left_out": len(report.class_names) - len(largest),
+        "calm": _points(around.map_P2[~suspect_P]),
+        "suspect": _points(around.map_P2[suspect_P]),
+    }
+
+
+def _points(point_P2: np.ndarray) -> str:
+    # Of no length: round ends of a stroke make each of them a dot.
+    return "".join(f"M{x:.0f} {y:.0f}h0" for x, y in point_P2)
+
+
 # ---- galleries -------------------------------------------------------------------------------------------------------
 
 
-def shown(findings: Findings) -> pa.Table:
-    """Return the rows of labels.parquet whose images the page shows."""
-    return pa.concat_tables([findings.hardest, *(rows for _, rows in _suspects_by_class(findings))])
+def shown(findings: Findings, neighbours: Neighbours | None = None) -> list[int]:
+    """Return the ids of the images that the page shows."""
+    tables = [findings.hardest, *(rows for _, rows in _suspects_by_class(findings))]
+    ids = [id_ for table in tables for id_ in table["id"].to_pylist()]
+    if neighbours is not None:
+        pairs = neighbours.pairs(PAIRS)
+        ids += pairs["id"].to_pylist() + pairs["nearest"].to_pylist()
+        ids += neighbours.outliers(OVERALL)["id"].to_pylist()
+    return ids
 
 
 def _suspects_by_class(findings: Findings) -> list[tuple[int, pa.Table]]:
@@ -262,3 +304,35 @@ def _torn(report: Report) -> Gallery:
         )
     shots = [Shot(*thumbnail(image), "", " / ".join(labels), "", "") for image, labels in report.torn]
     return Gallery("Stored under several labels", about, shots, swaps=False)
+
+
+def _neighbours(report: Report) -> list[Gallery]:
+    around = report.neighbours
+    if around is None:
+        return []
+
+    def one(id_: int, label: int, note: str) -> Shot:
+        return Shot(*thumbnail(report.images.get(id_)), f"id {id_}", report.class_names[label], "", note)
+
+    pairs = [
+        shot
+        for row in around.pairs(PAIRS).to_pylist()
+        for shot in (
+            one(row["id"], row["label"], f"{row['similarity']:.3f} like the next"),
+            one(row["nearest"], row["nearest_label"], f"{row['similarity']:.3f} like the last"),
+        )
+    ]
+    outliers = [
+        one(row["id"], row["label"], f"isolation {row['isolation']:.2f}")
+        for row in around.outliers(OVERALL).to_pylist()
+    ]
+    alike = (
+        "Two by two, the images whose features are closest of all that have different labels: copies that were scaled, "
+        "cut or compressed anew, pictures of one thing, or a pair that nobody can tell apart. If both show the same, "
+        "at most one label is right."
+    )
+    unlike = "The images furthest from the ten next to each: pictures of something else, empty, broken, or merely rare."
+    return [
+        Gallery("Look-alikes with different labels", alike if pairs else "There are none.", pairs, swaps=False),
+        Gallery("Outliers", unlike, outliers, swaps=False),
+    ]

@@ -119,6 +119,9 @@ def test_the_page_says_what_judged_and_shows_no_pictures(features):
         in told
     )
     assert "<img" not in told
+    assert all(title in told for title in ("Map of the features", "Look-alikes with different labels", "Outliers"))
+    neighbours = pq.read_table(features / audit.NEIGHBOURS)
+    assert sorted(neighbours["id"].to_pylist()) == sorted(pq.read_table(features / audit.LABELS)["id"].to_pylist())
     suggested = (features / audit.SUGGESTIONS).read_text().splitlines()
     assert len(suggested) == 6
     assert suggested[1].startswith("train/")

@@ -15,12 +15,26 @@ import pytest
 
 from training.audit import page
 from training.audit.evidence import SCHEMA, Findings
+from training.audit.neighbours import SCHEMA as AROUND
+from training.audit.neighbours import SIDE, Neighbours
 from training.audit.page import Judged, Report, render, thumbnail
 
 HOSTILE = "<script>alert('x')</script> & $a_b$ {{ name }} ñ 猫 a very long class name that goes on and on"
 
 
-def report(classes: int, images: int, *, wrong: float = 0.3, name: str = "a run", side: int = 32) -> Report:
+def around(label_N: np.ndarray, rng: np.random.Generator) -> Neighbours:
+    """Surroundings of images that lie anywhere."""
+    images = len(label_N)
+    other_N = (np.arange(images) + 1) % images
+    columns = {"id": np.arange(images), "label": label_N, "nearest": other_N, "nearest_label": label_N[other_N]}
+    columns |= {"similarity": rng.random(images), "isolation": rng.random(images)}
+    table = pa.table([pa.array(columns[field.name]).cast(field.type) for field in AROUND], schema=AROUND)
+    return Neighbours(table, np.arange(images), label_N, SIDE * rng.random((images, 2)))
+
+
+def report(
+    classes: int, images: int, *, wrong: float = 0.3, name: str = "a run", side: int = 32, of_features: bool = True
+) -> Report:
     """An audit of random images, whose first class has a hostile name."""
     rng = np.random.default_rng(classes)
     label, quality = rng.integers(classes, size=images), rng.random(images).astype(np.float32)
@@ -30,7 +44,8 @@ def report(classes: int, images: int, *, wrong: float = 0.3, name: str = "a run"
     columns |= {"visits": np.full(images, 4)}
     findings = Findings(np.full(classes, 5), page.PER_CLASS, page.OVERALL, suggestions=0)
     findings.add(pa.table([pa.array(columns[field.name]).cast(field.type) for field in SCHEMA], schema=SCHEMA))
-    pictures = {id_: picture(rng, side) for id_ in page.shown(findings)["id"].to_pylist()}
+    neighbours = around(label, rng) if of_features else None
+    pictures = {id_: picture(rng, side) for id_ in page.shown(findings, neighbours)}
     some = picture(rng, side)
     return Report(
         name=name,
@@ -43,6 +58,8 @@ def report(classes: int, images: int, *, wrong: float = 0.3, name: str = "a run"
         disputed_images=3 if wrong else 0,
         torn=[(some, ("cat", "dog"))] if wrong else [],
         torn_images=1 if wrong else 0,
+        neighbours=neighbours,
+        map_suspect_P=quality < 0.1 if of_features else None,
     )
 
 
@@ -69,6 +86,25 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, tag
+
+
+@pytest.mark.parametrize("classes", [2, 20, 40])
+def test_with_features_the_page_has_a_map_and_look_alikes(classes):
+    shown = report(classes, 600)
+    text = render(shown)
+    paths = [dict(tag[1])["d"] for tag in Tags(text).found if tag[0] == "path"]
+    drawn = sum(path.count("M") for path in paths)
+    coloured = np.isin(
+        shown.neighbours.map_label_P, np.argsort(-shown.findings.count_K, kind="stable")[: page.COLOURED]
+    )
+    assert drawn == coloured.sum() + 600  # by label, and by suspicion
+    assert (f"{classes - page.COLOURED} smaller classes are left out" in text) == (classes > page.COLOURED)
+    for row in shown.neighbours.pairs(page.PAIRS).to_pylist():
+        assert f"{row['similarity']:.3f} like the next" in text
+    assert f"isolation {shown.neighbours.table['isolation'].to_numpy().max():.2f}" in text
+    without = render(report(classes, 600, of_features=False))
+    assert "Map of the features" not in without
+    assert "Outliers" not in without
 
 
 @pytest.mark.parametrize(("classes", "images"), [(2, 30), (10, 400), (40, 900), (1000, 4000)])
