@@ -47,6 +47,9 @@ LONGEST = (
     "test_step",
     "test_sharded",
     "test_predict",
+    "test_audit",
+    "test_embed",
+    "test_folds",
 )
 STARTS = {"local_ray", "storage", "cloud", "both", "cluster"}  # fixtures that start other processes, or a server
 

@@ -210,7 +210,7 @@ def _map(report: Report) -> dict[str, Any] | None:
     classes = [
         {
             "name": report.class_names[k],
-            "colour": f"hsl({360 * place / len(largest):.0f} {70 - 25 * (place % 2)}% {42 + 16 * (place % 3 - 1)}%)",
+            "colour": f"hsl({360 * place / len(largest):.0f} 65% {(40, 58)[place % 2]}%)",
             "path": _points(around.map_P2[around.map_label_P == k]),
         }
         for place, k in enumerate(largest)
