@@ -62,13 +62,10 @@ def test_what_is_stored_is_a_data_set_of_features_and_opinions_come_in_its_order
     held = dataset.train.take(np.arange(90))
     assert np.array_equal(held.id_N, of.id_N[:90])
     assert np.array_equal(held.image_N[:, 0], looks_NLD[:90])
-    columns = {field.name: np.zeros(90) for field in audit.SCHEMA} | {
-        "id": of.id_N[:90][::-1],
-        "quality": np.arange(90),
-    }
-    table = audit.pa.table([audit.pa.array(columns[f.name]).cast(f.type) for f in audit.SCHEMA], schema=audit.SCHEMA)
+    columns = {field.name: np.zeros(90) for field in SCHEMA} | {"id": of.id_N[:90][::-1], "quality": np.arange(90)}
+    table = pa.table([pa.array(columns[field.name]).cast(field.type) for field in SCHEMA], schema=SCHEMA)
     (tmp_path / "audit").mkdir()
-    audit.pq.write_table(table, tmp_path / audit.LABELS)
+    pq.write_table(table, tmp_path / audit.LABELS)
     assert opinion(str(tmp_path), of.id_N[:90]).quality_N.tolist() == list(range(90))[::-1]
 
 
