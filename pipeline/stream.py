@@ -113,14 +113,17 @@ def groups(shard: Any, plan: Plan) -> Iterator[Group]:
     return iter(shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2))
 
 
-def groups_here(examples: Split, probe: Examples, views: Views, plan: Plan, rank: int, workers: int) -> Iterator[Group]:
-    """Yield the groups that worker `rank` of all `workers` has of the stream, made by a thread of this process."""
+def groups_here(
+    examples: Split, probe: Examples, views: Views, plan: Plan, rank: int = 0, workers: int = 1, threads: int = 1
+) -> Iterator[Group]:
+    """Yield the groups that worker `rank` of all `workers` has of the stream, made by threads of this process."""
+    cv2.setNumThreads(1)  # a thread has one core
     size = 2 * plan.group + plan.probe
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[dict[str, np.ndarray]]] = deque()
         for number in range(rank, plan.blocks, workers):
             ahead.append(pool.submit(make_block, examples, probe, views, plan, number))
-            if len(ahead) > AHEAD:
+            if len(ahead) > threads + AHEAD - 1:
                 yield from _cut(ahead.popleft().result(), size)
         while ahead:
             yield from _cut(ahead.popleft().result(), size)

@@ -99,6 +99,9 @@ def _one_line(error: BaseException) -> str:
     return f"error: {error}"
 
 
+NO_GRAPH = "cuda_graph wants a GPU and the run would be on a CPU: leave it out, or see --device"
+
+
 @dataclass(frozen=True)
 class Start:
     """Hold where a run begins, once all that could be refused has been looked at."""
@@ -110,7 +113,7 @@ class Start:
 
 
 def run(recipe: Recipe, console: Console | None = None, until: int | None = None) -> Result:
-    """Train as the recipe says, on embedded Ray or on the cluster that RAY_ADDRESS names.
+    """Train as the recipe says: by workers on embedded Ray or the cluster that RAY_ADDRESS names, or in this process.
 
     With `until`, the end of a cycle, it stops after that many steps; called again, it goes on from there.
     Raises InputError, before any worker starts, for whatever in recipe, data or storage cannot work.
@@ -124,10 +127,9 @@ def run(recipe: Recipe, console: Console | None = None, until: int | None = None
     start = _prepare(recipe, console)
     if start.step >= stop:
         return Result(start.folder, start.history, start.dataset)
-    if recipe.dataset.direct and not recipe.most_workers:
-        return Result(
-            start.folder, _train_here(recipe, start, planned(recipe, start.dataset, stop), console), start.dataset
-        )
+    if not recipe.most_workers:
+        history = _train_here(recipe, start, planned(recipe, start.dataset, stop), console)
+        return Result(start.folder, history, start.dataset)
     # Every worker and actor must be placed at once, and Ray Data needs a CPU to spare or it waits forever.
     compute.join(cpus=recipe.most_workers + recipe.actors + 1)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -156,26 +158,34 @@ def on_features(recipe: Recipe) -> Recipe:
 
 
 def _train_here(recipe: Recipe, start: Start, plan: Plan, console: Console) -> list[dict[str, float]]:
-    """Train in this process, which reads its own examples, without Ray; return the history.
+    """Train in this process, in which `actors` threads make the views, without Ray; return the history.
 
     Raises InputError where the loss or the parameters become NaN or infinite.
     """
-    dataset = start.dataset
-    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
-    if recipe.device == "gpu" and device.type != "cuda":
-        raise InputError("this machine has no GPU: leave --device out")
+    dataset, device = start.dataset, _device_here(recipe)
     console.print(f"{recipe.name}: training in this process on {device.type.upper()}", highlight=False)
     with Progress(recipe, console) as progress, contextlib.ExitStack() as closing:
         job = Job(recipe, plan, dataset.class_names, start.folder, progress)
         place = Place(0, Alone(), device, gauges={}, preempted=lambda: False)
 
         def groups(left: Plan) -> Iterator[Group]:
-            return groups_here(dataset.train, dataset.probe, recipe.dataset.views, left, 0, 1)
+            return groups_here(dataset.train, dataset.probe, recipe.dataset.views, left, threads=recipe.actors)
 
         try:
             return go_on(job, place, dataset.tests, groups, closing)
-        except NotFiniteError as error:
+        except (NotFiniteError, ValueError) as error:  # as workers have it
             raise InputError(str(error)) from None
+
+
+def _device_here(recipe: Recipe) -> torch.device:
+    """Return where this process trains; raises InputError where the recipe wants a GPU and there is none."""
+    if torch.cuda.is_available() and recipe.device != "cpu":
+        return torch.device("cuda")
+    if recipe.device == "gpu":
+        raise InputError("this machine has no GPU: leave --device out")
+    if recipe.cuda_graph:
+        raise InputError(NO_GRAPH)
+    return torch.device("cpu")
 
 
 def _prepare(recipe: Recipe, console: Console) -> Start:
@@ -275,8 +285,8 @@ def _use_gpu(recipe: Recipe, console: Console) -> bool:
     if recipe.device == "gpu" and gpus < least and "RAY_ADDRESS" not in os.environ:
         raise InputError(f"{least} workers want a GPU each and this machine has {gpus}: set --device or --workers")
     if recipe.cuda_graph and not use_gpu:
-        raise InputError("cuda_graph wants a GPU and the run would be on a CPU: leave it out, or see --device")
-    place = "this process" if most == 0 else f"{most} workers" if least == most else f"{least} to {most} workers"
+        raise InputError(NO_GRAPH)
+    place = f"{most} workers" if least == most else f"{least} to {most} workers"
     console.print(f"{recipe.name}: training in {place} on {'GPU' if use_gpu else 'CPU'}", highlight=False)
     return use_gpu
 

@@ -83,10 +83,11 @@ class Recipe:
     ema_decay: float = 0.999
     """Decay of the moving average of parameters, which is evaluated; near the start it is lower, (1+t)/(10+t)."""
     workers: int | tuple[int, int] = 1
-    """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process. Of two
-    numbers, least and most, the run takes what the cluster has, and goes on with the rest as machines come and go."""
+    """Training workers, one process each (one GPU each where there are GPUs); 0 trains inside this process, without
+    Ray, and starts in seconds. Of two numbers, least and most, the run takes what the cluster has, and goes on with the
+    rest as machines come and go."""
     actors: int = 2
-    """The most CPU actors that make views."""
+    """The most CPU actors that make views; without workers, threads of this process."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where workers train; auto takes GPUs where the cluster has one for each worker, or sets training nodes apart."""
     precision: Literal["float32", "bf16", "float64"] = "float32"

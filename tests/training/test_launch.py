@@ -51,7 +51,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def in_process(local_ray, tmp_path_factory):
+def in_process(tmp_path_factory):
     """The run inside this process, and what it printed."""
     output = io.StringIO()
     result = launch.run(recipe(tmp_path_factory.mktemp("zero")), Console(file=output, width=200))
@@ -69,7 +69,7 @@ def one_after_two(local_ray, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recomputed(local_ray, tmp_path_factory):
+def recomputed(tmp_path_factory):
     """The same run inside this process, its blocks computed again in backward."""
     return launch.run(recipe(tmp_path_factory.mktemp("again"), recompute=True), Console(file=io.StringIO()))
 
@@ -122,7 +122,7 @@ def test_however_it_is_computed_a_run_is_the_same(in_process, how, request):
     assert [row["top1"] for row in same.history] == [row["top1"] for row in in_process[0].history]
 
 
-def test_bf16_in_passes_of_one_group_gives_a_model_of_the_network_s_own_names(local_ray, tmp_path):
+def test_bf16_in_passes_of_one_group_gives_a_model_of_the_network_s_own_names(tmp_path):
     changes = {"precision": "bf16", "channels_last": True, "pass_groups": 1, "network": "wrn-10-1"}
     schedule = Schedule(lr=0.05, first_cycle=3, cycles=1)
     result = launch.run(recipe(tmp_path, schedule=schedule, **changes), Console(file=io.StringIO()))
@@ -176,12 +176,12 @@ def wild(storage, **changes) -> Recipe:
     return recipe(storage, objective=METHODS["supervised"](), **changes)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(local_ray, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+ \(label .*last good checkpoint: none"):
         launch.run(wild(tmp_path), Console(file=io.StringIO()))
 
 
-def test_no_checkpoint_is_made_of_parameters_that_are_no_numbers(local_ray, tmp_path):
+def test_no_checkpoint_is_made_of_parameters_that_are_no_numbers(tmp_path):
     wilder = replace(wild(tmp_path), evaluate_every=1, weight_decay=1e12)
     with pytest.raises(InputError, match=r"NaN or infinite after step 0; last good checkpoint: none"):
         launch.run(wilder, Console(file=io.StringIO()))
@@ -225,8 +225,8 @@ def test_two_workers_export_the_model_that_they_evaluate(local_ray, tmp_path):
         ({"dataset": Digits(Noise("uniform", 0.8), probe_per_class=500)}, "too few to take 500 for the probe"),
     ],
 )
-def test_what_cannot_work_is_refused_before_ray_starts(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch.compute, "join", lambda **_: pytest.fail("Ray was started"))
+def test_what_cannot_work_is_refused_before_training_begins(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_train_here", lambda *_: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         launch.run(recipe(tmp_path, **changes), Console(file=io.StringIO()))
 
@@ -237,14 +237,13 @@ def test_gpus_that_are_to_come_are_waited_for(apart, tmp_path, local_ray, monkey
     monkeypatch.setattr(launch.compute, "training_nodes", lambda: apart)
     silent = Console(file=io.StringIO())
     assert launch._use_gpu(recipe(tmp_path, workers=2), silent) == bool(apart)
-    assert not launch._use_gpu(recipe(tmp_path, workers=0), silent)
     assert not launch._use_gpu(recipe(tmp_path, workers=2, device="cpu"), silent)
 
 
-def test_a_run_captures_its_step_once(tmp_path, local_ray, monkeypatch):
+def test_a_run_captures_its_step_once(tmp_path, monkeypatch):
     """Without a GPU: what is captured has been computed once, and a replay does nothing."""
     captured = []
-    monkeypatch.setattr(launch, "_use_gpu", lambda *_: False)
+    monkeypatch.setattr(launch, "_device_here", lambda _: torch.device("cpu"))
     monkeypatch.setattr(graph, "aside", lambda work: work())
     monkeypatch.setattr(graph, "capture", lambda work: (captured.append(work()) or captured[-1], lambda: None))
     made = recipe(tmp_path, cuda_graph=True, schedule=Schedule(lr=0.05, first_cycle=4, cycles=1))
@@ -254,8 +253,9 @@ def test_a_run_captures_its_step_once(tmp_path, local_ray, monkeypatch):
 
 
 def test_a_cuda_graph_without_a_gpu_is_refused(tmp_path, local_ray):
-    with pytest.raises(InputError, match="cuda_graph wants a GPU and the run would be on a CPU: leave it out"):
-        launch._use_gpu(recipe(tmp_path, workers=1, cuda_graph=True), Console(file=io.StringIO()))
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="cuda_graph wants a GPU and the run would be on a CPU: leave it out"):
+            launch.run(recipe(tmp_path, workers=workers, cuda_graph=True), Console(file=io.StringIO()))
 
 
 def test_mistakes_end_a_script_with_one_line(tmp_path, capsys):
