@@ -141,7 +141,8 @@ def test_a_method_that_was_not_measured_is_not_in_the_table(monkeypatch):
     assert markdown(rows) == before
 
 
-def test_a_cell_runs_is_kept_and_is_not_run_again(local_ray, made_up_cifar, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_cell_runs_is_kept_and_is_not_run_again(made_up_cifar, tmp_path, monkeypatch, capsys):
     def tiny(_, recipe):
         dataset = replace(recipe.dataset, size=8, limit=40, probe_per_class=2)
         changes = {"batch": 10, "probe_batch": 10, "group": 10, "schedule": Schedule(first_cycle=6, cycles=1)}
@@ -174,7 +175,8 @@ def test_a_cell_runs_is_kept_and_is_not_run_again(local_ray, made_up_cifar, tmp_
     assert (tmp_path / "runs" / "newer").is_dir()
 
 
-def test_a_weak_network_labels_all_training_images(local_ray, made_up_cifar, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_weak_network_labels_all_training_images(made_up_cifar, tmp_path, monkeypatch):
     out = f"{tmp_path}/labels.npz"
     np.savez(out, other=np.arange(3))
     settings = semantic_noise.Settings(

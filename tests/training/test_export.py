@@ -31,7 +31,7 @@ def quiet() -> Console:
 
 
 @pytest.fixture(scope="module")
-def trained(local_ray, tmp_path_factory) -> launch.Result:
+def trained(tmp_path_factory) -> launch.Result:
     made = recipe(
         tmp_path_factory.mktemp("run"), objective=Supervised(), precision="float32", network="wrn-10-1",
         evaluate_every=0, schedule=Schedule(lr=0.1, first_cycle=30, cycles=1),

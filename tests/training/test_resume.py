@@ -56,7 +56,7 @@ def assert_same(result: launch.Result, whole: launch.Result) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(local_ray, tmp_path_factory) -> launch.Result:
+def whole(tmp_path_factory) -> launch.Result:
     return run(short(tmp_path_factory.mktemp("whole")))[0]
 
 
@@ -118,7 +118,7 @@ def few(made: Recipe, **changes) -> Recipe:
     return replace(made, schedule=replace(made.schedule, first_cycle=4), **changes)
 
 
-def test_what_an_objective_and_an_optimiser_remember_goes_on_too(tmp_path, local_ray, monkeypatch):
+def test_what_an_objective_and_an_optimiser_remember_goes_on_too(tmp_path, monkeypatch):
     changes = {"objective": METHODS["elr"](), "optimiser": "adamw", "clip": 1.0}
     schedule = Schedule(lr=0.003, first_cycle=8, cycles=2, t_mul=1.0)
     made = [few(replace(short(tmp_path / name), schedule=schedule), **changes) for name in ("whole", "killed")]
@@ -129,7 +129,7 @@ def test_what_an_objective_and_an_optimiser_remember_goes_on_too(tmp_path, local
     assert_same(run(made[1])[0], run(made[0])[0])
 
 
-def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path, local_ray, monkeypatch):
+def test_a_pretrained_network_goes_on_without_the_file_it_started_from(tmp_path, monkeypatch):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     made = [
         few(
@@ -232,7 +232,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_success(whole, tmp_path,
         run(short(tmp_path))
 
 
-def test_checkpoints_by_the_clock(tmp_path, local_ray, monkeypatch):
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     made = replace(short(tmp_path), checkpoint_steps=0, checkpoint_minutes=1e-6, evaluate_every=0)
     made = replace(made, objective=METHODS["supervised"]())
     seen = []

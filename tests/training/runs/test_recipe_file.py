@@ -43,7 +43,7 @@ def resumable(storage: str) -> Recipe:
     )
 
 
-def test_a_run_of_the_first_version_goes_on(tmp_path, local_ray):
+def test_a_run_of_the_first_version_goes_on(tmp_path):
     shutil.copytree(RESUMABLE, tmp_path / "resumable")
     output = io.StringIO()
     result = launch.run(resumable(str(tmp_path)), Console(file=output, width=200))
