@@ -103,7 +103,9 @@ def tuner(sweep: Sweep, searched: Mapping[str, Domain], first: Sequence[Recipe],
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its own tables of each trial: ours are the runs'
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables beside our lines
     apart = compute.data_nodes()  # a driver takes no room on a machine with a GPU
-    room = tune.PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[apart]) if apart else {"CPU": 1}
+    here = 0 if sweep.recipe.most_workers else sweep.recipe.actors  # threads that make the views
+    wanted = {"CPU": 1 + here}
+    room = tune.PlacementGroupFactory([wanted], bundle_label_selector=[apart]) if apart else wanted
     trial = tune.with_resources(tune.with_parameters(Trial, sweep=sweep), room)
     filesystem, path = launch.ray_storage(sweep.folder)
     if sweep.resume:
