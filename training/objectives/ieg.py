@@ -151,12 +151,13 @@ class Ieg(Objective):
             parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers, views)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
 
-        loss_B = F.cross_entropy(weak_BK.detach(), batch.label_B, reduction="none")
+        log_BK = F.log_softmax(weak_BK.detach(), 1)
+        loss_B = F.nll_loss(log_BK, batch.label_B, reduction="none")
         return Outcome(
             total,
             {name: part.detach() for name, part in parts.items()},
             Coefficients(weight_B, trust_B, pseudo_label_B, confidence_B, loss_B),
-            weak_BK.detach().softmax(1),
+            log_BK.exp(),
         )
 
     def _strong_logits(self, model: nn.Module, batch: Batch, weak_BK: Tensor) -> Tensor:
