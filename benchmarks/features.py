@@ -129,7 +129,7 @@ def measured(work: Callable[[str, Settings], dict[str, Any]], folder: str, setti
     """Return what `work` tells, run in a process of its own, with its seconds and the most memory, MB."""
     started, most = time.monotonic(), 0
     with get_context("spawn").Pool(1) as pool:
-        (worker,) = psutil.Process().children()[-1:]
+        worker = psutil.Process(pool.apply(os.getpid))
         told = pool.apply_async(work, (folder, settings))
         while not told.ready():
             most = max(most, _held(worker))

@@ -137,12 +137,13 @@ class Ieg(Objective):
         weight_B, trust_B = self._coefficients(problem)
         del problem, recorded  # they hold activations
 
+        log_BK = F.log_softmax(weak_BK, 1)
         target_BK = trust0 * given_BK + (1 - trust0) * pseudo_BK
-        parts["weighted"] = (weight_B * cross_entropy(target_BK, weak_BK)).mean()
+        parts["weighted"] = -(weight_B * (target_BK * log_BK).sum(1)).mean()
         total = total + self.label_weight * parts["weighted"]
         if self.relabel:
             chosen_BK = trust_B[:, None] * given_BK + (1 - trust_B[:, None]) * pseudo_BK
-            parts["relabelled"] = cross_entropy(chosen_BK, weak_BK).mean()
+            parts["relabelled"] = -(chosen_BK * log_BK).sum(1).mean()
             total = total + self.label_weight * parts["relabelled"]
         if self.mixup != "off":
             total = settled(total, model)  # the joint pass is the largest: let it be alone in memory
@@ -151,7 +152,7 @@ class Ieg(Objective):
             parts["mixed_probe"], parts["mixed_noisy"] = self._mixup_losses(model, batch, label_BK, workers, views)
             total = total + parts["mixed_probe"] + min(self.p, 1.0) * max(self.p, 1.0) ** pace * parts["mixed_noisy"]
 
-        log_BK = F.log_softmax(weak_BK.detach(), 1)
+        log_BK = log_BK.detach()
         loss_B = F.nll_loss(log_BK, batch.label_B, reduction="none")
         return Outcome(
             total,
