@@ -74,7 +74,7 @@ def main() -> None:
         head = replace(
             custom.features("winnow", len(made.of("train"))), data=folder, storage=folder, seed=settings.seed
         )
-        pixels = small(settings.data, noise, "winnow", settings.seed, STEPS, folder)
+        pixels = replace(small(settings.data, noise, "winnow", settings.seed, STEPS, folder), workers=0)
         for number, objective in enumerate(points(settings.points)[len(rows) :], len(rows)):
             of_features = run(on_features(replace(head, name=f"head-{number}", objective=objective)), quiet).top1
             of_pixels = run(replace(pixels, name=f"pixels-{number}", objective=objective), quiet).top1
