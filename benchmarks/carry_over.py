@@ -1,6 +1,6 @@
 """Whether what a sweep finds on features is a start for the run on pixels: p, k and λ0, ranked by both.
 
-    python -m benchmarks.carry_over --data ../shared/data --cache /tmp/embedded --out benchmarks/results/carry_over.json
+    python -m benchmarks.carry_over --data ../shared/data --cache ../embedded --out benchmarks/results/carry_over.json
 
 Points spread over the ranges of the objective (scrambled Sobol) train `winnow` twice on CIFAR-10N's worst labels as
 benchmarks.heads has them, seed 0: as a head on features, 600 steps, and as WRN-10-1 on the pixels, 400 steps. Both are

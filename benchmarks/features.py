@@ -74,10 +74,7 @@ def table(how: Made, split: str, id_N: np.ndarray, label_N: np.ndarray, looks_NL
         "split": [split] * len(id_N),
         "trusted": np.full(len(id_N), split != "train"),
     }
-    for look, name in enumerate(how.columns):
-        values = pa.array(np.ascontiguousarray(looks_NLD[:, look], np.float16).ravel())
-        columns[name] = pa.FixedSizeListArray.from_arrays(values, how.width)
-    return pa.table(columns).cast(how.schema)
+    return pa.table({**columns, **features.unstacked(looks_NLD, how)}).cast(how.schema)
 
 
 def write_index(folder: str, how: Made, names: tuple[str, ...], shards: list[Shard]) -> None:

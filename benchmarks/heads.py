@@ -1,6 +1,6 @@
 """What heads on stored features are worth: accuracy and audit beside logistic regression and cleanlab, on real photos.
 
-    python -m benchmarks.heads --data ../shared/data --cache /tmp/embedded --out benchmarks/results/heads.json
+    python -m benchmarks.heads --data ../shared/data --cache ../embedded --out benchmarks/results/heads.json
 
 CIFAR-10 is benchmarks.audit's 4,000 images at 16 px with 100 trusted, CIFAR-10N's worst labels or uniform noise at 0.8;
 food and clothing are benchmarks.pretrained's photographs, imagenette 2,000 at 64 px with 200 trusted. All are embedded

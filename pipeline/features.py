@@ -111,6 +111,12 @@ def looks_of(some: pa.Table, read: Reader, how: Made) -> dict[str, np.ndarray]:
     }
 
 
+def unstacked(looks_NLD: np.ndarray, how: Made) -> dict[str, pa.FixedSizeListArray]:
+    """Return embeddings of the plain look and of the others, N×(1 + V)×D, as the columns of a file of features."""
+    looks = {name: np.ascontiguousarray(looks_NLD[:, look], np.float16) for look, name in enumerate(how.columns)}
+    return {name: pa.FixedSizeListArray.from_arrays(pa.array(look.ravel()), how.width) for name, look in looks.items()}
+
+
 def stacked(table: pa.Table, columns: tuple[str, ...]) -> np.ndarray:
     """Return embeddings as images, N×1×(1 + V)×D float16."""
     looks = [table[name].combine_chunks() for name in columns]

@@ -119,9 +119,7 @@ def regrouped(tables: Iterable[pa.Table], lengths: Iterable[int]) -> Iterator[pa
 def write_part(out: str, about: Predictions, part: int, table: pa.Table) -> None:
     """Write the rows of a part, of SCHEMA."""
     fs, path = storage.connect(out)
-    file = pa.BufferOutputStream()
-    pq.write_table(table.select(SCHEMA.names).cast(SCHEMA), file)
-    storage.write(fs, storage.join(path, about.name(part)), file.getvalue().to_pybytes())
+    storage.write_table(fs, storage.join(path, about.name(part)), table.select(SCHEMA.names).cast(SCHEMA))
 
 
 def read_rows(url: str, about: Predictions, rows: range, columns: Sequence[str]) -> pa.Table:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import requests
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
@@ -157,6 +159,13 @@ def exists(fs: Any, path: str) -> bool:
 def write(fs: Any, path: str, data: bytes) -> None:
     """Write `data` to `path`, making its folders; the name never holds a part of it. Raises as `attempt` does."""
     _land(fs, path, lambda place: fs.pipe_file(place, data))
+
+
+def write_table(fs: Any, path: str, table: pa.Table, compression: str = "snappy") -> None:
+    """Write `table` to `path` as Parquet, as `write` does."""
+    file = pa.BufferOutputStream()
+    pq.write_table(table, file, compression=compression)
+    write(fs, path, file.getvalue().to_pybytes())
 
 
 def commit(fs: Any, local_path: str, path: str) -> None:

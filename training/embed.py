@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -226,14 +226,8 @@ class Embedder:
         embedding_NLD = embedding.unflatten(0, image_NLHWC.shape[:2]).numpy()
         if not np.abs(embedding_NLD).max(initial=0) <= LARGEST:  # NaN too
             raise InputError(f"{self.how.network} gives numbers that float16 cannot hold: choose another network")
-        looks: dict[str, Any] = {
-            name: pa.FixedSizeListArray.from_arrays(
-                pa.array(np.ascontiguousarray(embedding_NLD[:, look], np.float16).ravel()), self.how.width
-            )
-            for look, name in enumerate(self.how.columns)
-        }
         known = ("id", "key", "label", "split", "trusted", "rejected")
-        return pa.table({**{name: batch[name] for name in known}, **looks})
+        return pa.table({**{name: batch[name] for name in known}, **features.unstacked(embedding_NLD, self.how)})
 
 
 def _told(index: Index, how: Made) -> str:

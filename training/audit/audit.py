@@ -112,8 +112,8 @@ def audit(options: Options, console: Console | None = None) -> Findings:
     neighbours = around(subject.features) if subject.features else None
     if neighbours:
         write_neighbours(subject.folder, neighbours)
-    suggested = findings.suggested()
-    ids = page.shown(findings, neighbours) + suggested["id"].to_pylist()
+    shown, suggested = page.shown(findings, neighbours), findings.suggested()
+    ids = shown + suggested["id"].to_pylist()
     found = census(dataset.train, dataset.probe, np.array(ids, np.int64))
     noisy = found.filter(pc.invert(found["trusted"]))
     row_of = dict(zip(noisy["id"].to_pylist(), noisy["row"].to_pylist(), strict=True))
@@ -122,7 +122,8 @@ def audit(options: Options, console: Console | None = None) -> Findings:
             f"the evidence of {subject.folder} has id {min(missing)}, which {options.data or 'the data set'} has not: "
             "it is of other images; copy it again, or give their --data"
         )
-    write_page(subject, *judge(), findings, found, row_of, neighbours)
+    rows = {id_: row_of[id_] for id_ in shown}
+    write_page(subject, *judge(), findings, found, rows, neighbours)
     console.print(f"{subject.folder}/{PAGE} written", highlight=False, soft_wrap=True)
     if options.suggest:
         names = dataset.train.names(np.array([row_of[id_] for id_ in suggested["id"].to_pylist()]))
@@ -319,16 +320,15 @@ def write_page(
     accuracy: float | None,
     findings: Findings,
     found: pa.Table,
-    row_of: dict[int, int],
+    rows: dict[int, int],
     neighbours: Neighbours | None,
 ) -> None:
-    """Write audit.html; `found` is the census and `row_of` where the shown images are."""
+    """Write audit.html; `found` is the census and `rows` where the images that it shows are, by id."""
     dataset = subject.dataset
-    ids = page.shown(findings, neighbours)
     images: dict[int, np.ndarray] = {}
     if subject.pictures:
-        held = dataset.train.take(np.array([row_of[id_] for id_ in ids]))
-        images = {id_: held.image(row) for row, id_ in enumerate(ids)}
+        held = dataset.train.take(np.array(list(rows.values())))
+        images = {id_: held.image(place) for place, id_ in enumerate(rows)}
     torn, torn_images = _torn(subject, found)
     disputed, disputed_images = _disputed(subject, probability_MK)
     report = page.Report(
@@ -353,10 +353,8 @@ def write_page(
 
 def write_neighbours(folder: str, neighbours: Neighbours) -> None:
     """Write neighbours.parquet."""
-    file = pa.BufferOutputStream()
-    pq.write_table(neighbours.table, file, compression="zstd")
     fs, path = storage.connect(folder)
-    storage.write(fs, storage.join(path, NEIGHBOURS), file.getvalue().to_pybytes())
+    storage.write_table(fs, storage.join(path, NEIGHBOURS), neighbours.table, "zstd")
 
 
 def _suspects(folder: str, id_P: np.ndarray) -> np.ndarray:

@@ -104,8 +104,9 @@ class Folds:
         """
         judges = []
         for fold in range(self.folds):
-            result = run(self.recipe(fold), console)
-            judges.append(_Judge(self.recipe(fold), model_file.read(result.folder).network(), result.dataset))
+            recipe = self.recipe(fold)
+            result = run(recipe, console)
+            judges.append(_Judge(recipe, model_file.read(result.folder).network(), result.dataset))
         confused = self._confusion(judges)
         for fold, judge in enumerate(judges):
             held = self.held_out(fold)
@@ -130,10 +131,8 @@ class Folds:
         folder = storage.join(self.url, FOLDER)
         written = []
         for number, table in enumerate(self.visits(console)):
-            file = pa.BufferOutputStream()
-            pq.write_table(table, file)
             name = storage.join(folder, f"{self.method}-of-{self.folds}-{number:05d}.parquet")
-            storage.write(*storage.connect(name), file.getvalue().to_pybytes())
+            storage.write_table(*storage.connect(name), table)
             written.append((name, len(table)))
         return written
 

@@ -294,14 +294,11 @@ def _disputed(report: Report) -> Gallery:
 
 
 def _torn(report: Report) -> Gallery:
-    about = (
-        "The same bytes are stored under these labels, so all but one are wrong. Copies that were scaled or compressed "
-        "anew have other bytes and are not found."
-    )
+    others = "are not looked for" if report.neighbours is None else "may be among the look-alikes"
+    about = "The same bytes are stored under these labels, so all but one are wrong."
     if not report.torn:
-        about = (
-            "No two stored images have the same bytes and different labels. Copies with other bytes are not looked for."
-        )
+        about = "No two stored images have the same bytes and different labels."
+    about += f" Copies that were scaled or compressed anew have other bytes and {others}."
     shots = [Shot(*thumbnail(image), "", " / ".join(labels), "", "") for image, labels in report.torn]
     return Gallery("Stored under several labels", about, shots, swaps=False)
 
