@@ -25,6 +25,8 @@ from training.objectives.registry import METHODS
 from training.recipe import Recipe
 from training.runs import checkpoint, ledger, model_file, notes, recipe_file
 
+pytestmark = pytest.mark.slow  # whole runs, again and again
+
 ORDER = [("step", "ascending"), ("id", "ascending")]
 
 
