@@ -51,7 +51,8 @@ LONGEST = (
     "test_embed",
     "test_folds",
 )
-STARTS = {"local_ray", "storage", "cloud", "both", "cluster"}  # fixtures that start other processes, or a server
+# Fixtures that start other processes or a server, or are whole runs.
+STARTS = {"local_ray", "storage", "cloud", "both", "cluster", "in_process", "trained"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and pytest-xdist look at marks

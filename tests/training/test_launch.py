@@ -106,7 +106,6 @@ def test_ledger_has_each_id_once_an_epoch(in_process, one_after_two):
         assert [given[i] for i in ids] == table["label"].to_pylist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["one_after_two", "recomputed"])
 def test_however_it_is_computed_a_run_is_the_same(in_process, how, request):
     """Through the real stream: the same examples in each step, the same coefficients, the same parameters."""
