@@ -17,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest \
 test: bytecode           ## all tests; no GPU, no network, no data needed
 	$(PYTEST)
 
-test-fast: bytecode      ## those that start no other process: within two minutes on two cores
+test-fast: bytecode      ## those that start no other process: about two minutes on two cores
 	$(PYTEST) -m fast
 
 bytecode: install        # else, where PYTHONDONTWRITEBYTECODE is set, each of some hundred processes compiles all anew
